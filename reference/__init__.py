@@ -1,0 +1,1 @@
+"""The naive implementation that `paged` is checked against."""
