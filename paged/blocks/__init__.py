@@ -1,0 +1,15 @@
+"""Block bookkeeping: integers only, no tensors, so it runs in microseconds and can be read without knowing torch."""
+
+from paged.blocks.block_pool import NULL_BLOCK, BlockError, BlockPool, OutOfBlocks
+from paged.blocks.block_table import BlockCopy, BlockTable, TableChange, blocks_for
+
+__all__ = [
+    "NULL_BLOCK",
+    "BlockCopy",
+    "BlockError",
+    "BlockPool",
+    "BlockTable",
+    "OutOfBlocks",
+    "TableChange",
+    "blocks_for",
+]

@@ -1,0 +1,133 @@
+"""The block table: one sequence's list of blocks, logical -> physical.
+
+    position     0  1  2  3 | 4  5  6  7 | 8  9            block_size 4, ten tokens
+    logical           0     |     1      |     2
+                      |           |            |
+    block table      [7,          2,           5]          any free blocks, in any order
+                      |           |            |
+    slots         28 .. 31     8 .. 11      20, 21
+
+How many blocks `n` tokens need is `ceil(n / block_size)` and nothing else. There is no "is the last block full" test
+anywhere: a table is asked to make room for the positions that are about to be written, and the difference between
+what they need and what it has is what it takes from the pool.
+"""
+
+from dataclasses import dataclass
+
+from paged.blocks.block_pool import BlockPool, OutOfBlocks
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens: `ceil(num_tokens / block_size)`.
+
+    Example:
+        >>> [blocks_for(n, block_size=4) for n in (0, 1, 4, 5)]
+        [0, 1, 1, 2]
+    """
+    return -(-num_tokens // block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy one whole block, in every layer, before the step writes anything."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableChange:
+    """What one call changed in a table: its entries from `first_index` on are now `blocks`.
+
+    Whoever keeps a copy of the table (the batch does, as a row of a tensor) replays this instead of the whole table.
+    """
+
+    first_index: int
+    blocks: tuple[int, ...]
+    copies: tuple[BlockCopy, ...] = ()
+
+
+class BlockTable:
+    """The blocks of one sequence, in the order of its tokens.
+
+    Example:
+        >>> pool = BlockPool(num_blocks=8)
+        >>> table = BlockTable(pool, block_size=4)
+        >>> table.prepare_write(0, 5)                    # five tokens need two blocks
+        TableChange(first_index=0, blocks=(1, 2), copies=())
+        >>> table.prepare_write(5, 6)                    # the sixth fits into the second one
+        TableChange(first_index=2, blocks=(), copies=())
+        >>> table.slot(5)                                # block 2, offset 1
+        9
+        >>> twin = table.fork()                          # shares both blocks ...
+        >>> twin.prepare_write(6, 7)                     # ... until it writes into one of them
+        TableChange(first_index=1, blocks=(3,), copies=(BlockCopy(source=2, target=3),))
+        >>> table.blocks, twin.blocks
+        ([1, 2], [1, 3])
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.blocks: list[int] = []
+
+    def slot(self, position: int) -> int:
+        """The slot of the token at `position`: `block * block_size + offset`."""
+        index, offset = divmod(position, self.block_size)
+        return self.blocks[index] * self.block_size + offset
+
+    def num_blocks_to_write(self, start: int, end: int) -> int:
+        """Free blocks that `prepare_write(start, end)` would take."""
+        growth = max(0, blocks_for(end, self.block_size) - len(self.blocks))
+        return growth + len(self._shared_between(start, end))
+
+    def prepare_write(self, start: int, end: int) -> TableChange:
+        """Make the slots of positions `start` to `end - 1` this table's own to write.
+
+        Blocks that are missing are taken from the pool. A block that another table names too is replaced by a copy
+        (copy-on-write): what the other table reads must not change under it.
+
+        Args:
+            start: first position that will be written; positions below it are kept.
+            end: one past the last position that will be written.
+
+        Returns:
+            The entries that changed and the block copies to make before writing.
+
+        Raises:
+            OutOfBlocks: the pool has too few free blocks; then nothing has changed.
+        """
+        needed = self.num_blocks_to_write(start, end)
+        if needed > self.pool.num_free:
+            raise OutOfBlocks(
+                f"writing tokens {start} to {end - 1} takes {needed} more blocks of {self.block_size} and "
+                f"{self.pool.num_free} are free"
+            )
+        first_changed = len(self.blocks)
+        copies = []
+        for index in self._shared_between(start, end):
+            (target,) = self.pool.allocate(1)
+            copies.append(BlockCopy(source=self.blocks[index], target=target))
+            self.pool.release(self.blocks[index])
+            self.blocks[index] = target
+            first_changed = min(first_changed, index)
+        self.blocks += self.pool.allocate(max(0, blocks_for(end, self.block_size) - len(self.blocks)))
+        return TableChange(first_changed, tuple(self.blocks[first_changed:]), tuple(copies))
+
+    def fork(self) -> "BlockTable":
+        """A second table over the same blocks. Nothing is copied until one of the two writes."""
+        twin = BlockTable(self.pool, self.block_size)
+        for block in self.blocks:
+            self.pool.share(block)
+        twin.blocks = self.blocks.copy()
+        return twin
+
+    def free(self) -> None:
+        """Let go of every block, last one first: the end of a sequence is worth less to others than its beginning."""
+        while self.blocks:
+            self.pool.release(self.blocks.pop())
+
+    def _shared_between(self, start: int, end: int) -> list[int]:
+        """Indices of the blocks under positions `start` to `end - 1` that another table names too."""
+        last = min(blocks_for(end, self.block_size), len(self.blocks))
+        return [i for i in range(start // self.block_size, last) if self.pool.ref_count(self.blocks[i]) > 1]
