@@ -1,0 +1,87 @@
+"""A Step: the scheduler's plan for one forward pass, in integers, complete when made.
+
+Everything that follows a schedule depends on the Step alone:
+
+    Scheduler -> Step -> Batch -> model -> logits -> sampler -> tokens -> Scheduler
+
+It names no tensor, so that the same plan can drive a model, a simulation without one, or several ranks at once. It
+says what *changed* (rows that were handed out, entries of block tables), not what is, because the batch keeps one
+persistent row per sequence, and a decode step of 256 sequences then touches a few integers for each.
+"""
+
+from dataclasses import dataclass
+
+from paged.blocks import BlockCopy, TableChange
+from paged.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A row that was handed to a sequence before this step: what the batch has to know of it once."""
+
+    row: int
+    sampling_params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What one sequence computes in this step.
+
+    Attributes:
+        request_id, index: which sequence.
+        row: its row in the batch's persistent tensors.
+        start: position of the first token computed, which is the number of tokens computed before.
+        token_ids: the tokens computed, at positions `start`, `start + 1`, ...: one for a decode, many for a prompt.
+        table_change: what to replay on the row's block table before.
+        samples: whether these tokens reach the end of what is known, so that a new token is sampled after the last.
+    """
+
+    request_id: str
+    index: int
+    row: int
+    start: int
+    token_ids: tuple[int, ...]
+    table_change: TableChange
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """One past the last position computed: the tokens the last query token sees, itself included."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The plan of one forward pass.
+
+    Attributes:
+        rows: what each sequence computes. Those with a single token come first, so that the two kinds of attention,
+            one query against a context and many, are two contiguous parts of the batch.
+        admissions: rows handed out since the last step.
+        copies: blocks to copy before anything is written.
+        preempted: requests whose blocks were taken away to make this step possible.
+
+    Example: sequence "a" decodes its sixth token while the three of prompt "b" are computed beside it.
+        >>> nothing = TableChange(first_index=2, blocks=())
+        >>> a = RowPlan("a", 0, row=0, start=5, token_ids=(17,), table_change=nothing, samples=True)
+        >>> b = RowPlan("b", 0, row=1, start=0, token_ids=(3, 4, 5), table_change=TableChange(0, (8,)), samples=True)
+        >>> step = Step(rows=(a, b), admissions=(Admission(1, SamplingParams(), seed=0),))
+        >>> step.num_tokens, step.num_single
+        (4, 1)
+    """
+
+    rows: tuple[RowPlan, ...]
+    admissions: tuple[Admission, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+    preempted: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the forward pass computes."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def num_single(self) -> int:
+        """Rows with a single token; they are the first ones."""
+        return sum(len(row.token_ids) == 1 for row in self.rows)
