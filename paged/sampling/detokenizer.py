@@ -1,0 +1,77 @@
+"""Tokens to text, one token at a time, and the stop strings found in it.
+
+A token is not a piece of text: a character of several bytes may be spread over several tokens, and many tokenizers
+write a word differently at the beginning of a text. So the text that a token adds is the difference between decoding
+a few tokens with it and without it, and while that ends in the middle of a character (the decoder then writes U+FFFD,
+the replacement character) nothing is added yet.
+"""
+
+from typing import Protocol
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# Tokens of context that decoding starts from: enough that the first new one is not taken for the start of a text.
+CONTEXT = 5
+
+
+class Tokenizer(Protocol):
+    """The one method of a transformers tokenizer that is used here."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of some tokens."""
+        ...
+
+
+class Detokenizer:
+    """The text of one sequence while it grows.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        prompt_token_ids: the context that the output goes on from; not part of the text.
+        stop: strings that end the text, which is then cut before the one found.
+
+    Attributes:
+        text: the output so far.
+        stop_string: the stop string that was found, or None.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._token_ids = list(prompt_token_ids[-CONTEXT:])
+        # Tokens [_prefix, _read) are in the text already; they are decoded again as context of the next ones.
+        self._prefix = 0
+        self._read = len(self._token_ids)
+        self.text = ""
+        self.stop_string: str | None = None
+
+    def append(self, token_id: int) -> None:
+        """Take one more token in; `text` and `stop_string` follow."""
+        self._token_ids.append(token_id)
+        known = self._decode(self._prefix, self._read)
+        longer = self._decode(self._prefix, len(self._token_ids))
+        if len(longer) > len(known) and not longer.endswith(REPLACEMENT):
+            self._extend(longer[len(known) :])
+            self._prefix, self._read = self._read, len(self._token_ids)
+
+    def finish(self) -> None:
+        """No more tokens come: what is left of an unfinished character is text too."""
+        if self.stop_string is None:
+            known = self._decode(self._prefix, self._read)
+            self._extend(self._decode(self._prefix, len(self._token_ids))[len(known) :])
+
+    def _extend(self, piece: str) -> None:
+        """Add a piece of text and look for a stop string that ends in it; the one that is complete first wins."""
+        before = len(self.text)
+        self.text += piece
+        found = [
+            (start + len(stop), order, start, stop)
+            for order, stop in enumerate(self._stop)
+            if (start := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0
+        ]
+        if found:
+            _, _, start, self.stop_string = min(found)
+            self.text = self.text[:start]
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True)
