@@ -1,0 +1,189 @@
+"""The one bridge between the integers and the tensors: a Step becomes a Batch.
+
+All tokens of a step lie one after another, whoever they belong to. Three rows of different kinds, block size 4:
+
+    row        |  a: decode  |  b: decode  |  c: a prompt of three tokens
+    token_ids  |     17      |     42      |     3       4       5
+    positions  |      5      |      8      |     0       1       2
+    slots      |   2*4 + 1   |   9*4 + 0   |   8*4+0   8*4+1   8*4+2
+                `---------- group 0 ------'  `------- group 1 -------'
+
+Rows with one token and rows with many are attended apart, each kind padded to its own longest, so that a long prompt
+does not make every decode beside it as wide as itself.
+
+The builder keeps one persistent row per sequence for what changes rarely (the block table, the sampling wishes) and
+replays on it what the Step says has changed.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paged.blocks import NULL_BLOCK, BlockCopy, blocks_for
+from paged.sampling.sampler import SamplingInputs
+from paged.sampling_params import GREEDY_BELOW
+from paged.step import Step
+
+
+class AttentionGroup(NamedTuple):
+    """Rows that are attended together: tokens `start` to `end - 1` of the batch.
+
+    Attributes:
+        start, end: the group's tokens, host integers.
+        max_query_len: most tokens in one of its rows, a host integer.
+        block_tables: [B, M] int32, padded with the null block; M is what the group's longest row needs.
+        seq_lens: [B] int32, tokens visible to each row's last query token, itself included.
+        query_start_loc: [B + 1] int32, counted from `start`.
+    """
+
+    start: int
+    end: int
+    max_query_len: int
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+
+
+class AttentionInputs(NamedTuple):
+    """What every attention layer gets: where to write the T new tokens, and who reads what.
+
+    Attributes:
+        slot_mapping: [T] int64.
+        groups: one or two, in the order of the batch's tokens.
+    """
+
+    slot_mapping: Tensor
+    groups: tuple[AttentionGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tensors of one forward pass over T tokens of which S are sampled from.
+
+    Attributes:
+        token_ids, positions: [T] int64.
+        attention: what the attention layers get.
+        sampled: [S] int64, the tokens of the batch whose logits are sampled from.
+        sampling: what the sampler gets.
+        copies: blocks to copy before the pass.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: AttentionInputs
+    sampled: Tensor
+    sampling: SamplingInputs
+    copies: tuple[BlockCopy, ...]
+
+
+class BatchBuilder:
+    """Turns Steps into Batches.
+
+    Args:
+        max_num_seqs: R, the persistent rows.
+        max_model_len: tokens of the longest sequence.
+        block_size: tokens a block holds.
+        vocab_size: what "all tokens" means as a top_k.
+        device: where the Batches' tensors go.
+
+    Example: a prompt of three tokens in blocks of two, the second block of the pool first.
+        >>> from paged.blocks import TableChange
+        >>> from paged.sampling_params import SamplingParams
+        >>> from paged.step import Admission, RowPlan
+        >>> builder = BatchBuilder(max_num_seqs=1, max_model_len=8, block_size=2, vocab_size=10, device="cpu")
+        >>> table = TableChange(first_index=0, blocks=(2, 1))
+        >>> row = RowPlan("a", 0, row=0, start=0, token_ids=(7, 8, 9), table_change=table, samples=True)
+        >>> batch = builder.build(Step(rows=(row,), admissions=(Admission(0, SamplingParams(), seed=0),)))
+        >>> batch.attention.slot_mapping
+        tensor([4, 5, 2])
+        >>> batch.attention.groups[0].block_tables
+        tensor([[2, 1]], dtype=torch.int32)
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: str | torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
+        self._temperature = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.zeros(max_num_seqs, np.float32)
+        self._seeds = np.zeros(max_num_seqs, np.int64)
+
+    def build(self, step: Step) -> Batch:
+        """The tensors of one step. Steps have to come in the order in which they were planned."""
+        self._replay(step)
+        rows = np.array([row.row for row in step.rows])
+        starts = np.array([row.start for row in step.rows])
+        lengths = np.array([len(row.token_ids) for row in step.rows])
+        first_tokens = np.concatenate([[0], lengths.cumsum()])  # [rows + 1]
+
+        owner = np.repeat(np.arange(len(rows)), lengths)  # [T], which row each token belongs to
+        positions = np.arange(len(owner)) - first_tokens[owner] + starts[owner]
+        blocks = self._block_tables[rows[owner], positions // self._block_size].astype(np.int64)
+        slots = blocks * self._block_size + positions % self._block_size
+
+        borders = sorted({0, step.num_single, len(rows)})
+        groups = tuple(
+            self._group(rows[i:j], starts[i:j] + lengths[i:j], first_tokens[i : j + 1])
+            for i, j in itertools.pairwise(borders)
+        )
+        samples = np.array([row.samples for row in step.rows])
+        token_ids = np.array([token for row in step.rows for token in row.token_ids])
+        return Batch(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            attention=AttentionInputs(self._tensor(slots), groups),
+            sampled=self._tensor(first_tokens[1:][samples] - 1),
+            sampling=self._sampling(rows[samples], (starts + lengths)[samples]),
+            copies=step.copies,
+        )
+
+    def _replay(self, step: Step) -> None:
+        """Bring the persistent rows up to date."""
+        for admission in step.admissions:
+            params, row = admission.sampling_params, admission.row
+            self._block_tables[row] = NULL_BLOCK
+            self._temperature[row] = params.temperature
+            self._top_k[row] = min(params.top_k, self._vocab_size) if params.top_k > 0 else self._vocab_size
+            self._top_p[row] = params.top_p
+            self._seeds[row] = admission.seed
+        for plan in step.rows:
+            change = plan.table_change
+            if change.blocks:
+                self._block_tables[plan.row, change.first_index : change.first_index + len(change.blocks)] = (
+                    change.blocks
+                )
+
+    def _group(self, rows: np.ndarray, seq_lens: np.ndarray, first_tokens: np.ndarray) -> AttentionGroup:
+        width = blocks_for(int(seq_lens.max()), self._block_size)
+        return AttentionGroup(
+            start=int(first_tokens[0]),
+            end=int(first_tokens[-1]),
+            max_query_len=int(np.diff(first_tokens).max()),
+            block_tables=self._tensor(self._block_tables[rows, :width]),
+            seq_lens=self._tensor(seq_lens.astype(np.int32)),
+            query_start_loc=self._tensor((first_tokens - first_tokens[0]).astype(np.int32)),
+        )
+
+    def _sampling(self, rows: np.ndarray, positions: np.ndarray) -> SamplingInputs:
+        temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
+        return SamplingInputs(
+            temperature=self._tensor(temperature),
+            top_k=self._tensor(top_k),
+            top_p=self._tensor(top_p),
+            seeds=self._tensor(self._seeds[rows]),
+            positions=self._tensor(positions),
+            all_greedy=bool((temperature < GREEDY_BELOW).all()),
+            any_truncated=bool((top_k < self._vocab_size).any() or (top_p < 1).any()),
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        # Fancy indexing and arithmetic made a fresh array, which the tensor may keep without a copy.
+        return torch.from_numpy(array).to(self._device)
