@@ -1,1 +1,8 @@
-"""The naive implementation that `paged` is checked against."""
+"""The naive implementation that `paged` is checked against: slow, obvious, and sharing no code with it.
+
+attention.py      attention from its definition, float64, one sequence at a time
+cache.py          a contiguous KV cache: one row of max_model_len slots per sequence
+reservation.py    who holds which slots of a contiguous pool
+engine.py         static batching over that cache: the baseline for memory and throughput
+tagged_memory.py  a pool that remembers what each slot stands for, to check every read of a schedule
+"""

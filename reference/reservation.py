@@ -1,0 +1,88 @@
+"""Who holds which slots of a contiguous pool, in address order.
+
+A contiguous cache has to know how many slots a request gets before it knows how many it needs. The max reservation
+takes the longest that could be: max_model_len. Other policies (a power of two, the length known by an oracle) are this
+class with other sizes.
+"""
+
+from dataclasses import dataclass
+
+
+class PoolFull(RuntimeError):
+    """No gap in the pool is long enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A run of slots held by one request."""
+
+    request_id: str
+    first_slot: int
+    num_slots: int
+
+    @property
+    def end(self) -> int:
+        """One past the last slot."""
+        return self.first_slot + self.num_slots
+
+
+class ContiguousPool:
+    """First fit in address order.
+
+    Args:
+        num_slots: size of the pool.
+
+    Example: between two reservations a gap of 4 stays, too small for 5 and right for 3.
+        >>> pool = ContiguousPool(num_slots=12)
+        >>> a, b, c = pool.reserve("a", 4), pool.reserve("b", 4), pool.reserve("c", 4)
+        >>> pool.release("b")
+        >>> pool.fits(5), pool.reserve("d", 3).first_slot
+        (False, 4)
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._held: dict[str, Reservation] = {}
+
+    @property
+    def reservations(self) -> list[Reservation]:
+        """What is held, in address order."""
+        return sorted(self._held.values(), key=lambda reservation: reservation.first_slot)
+
+    def fits(self, num_slots: int) -> bool:
+        """Whether some gap is long enough."""
+        return self._first_gap(num_slots) is not None
+
+    def reserve(self, request_id: str, num_slots: int) -> Reservation:
+        """Take the first gap that is long enough.
+
+        Raises:
+            PoolFull: there is none.
+            ValueError: the request holds slots already, or asks for none.
+        """
+        if request_id in self._held or num_slots < 1:
+            raise ValueError(
+                f"request {request_id!r} asks for {num_slots} slots and holds {self._held.get(request_id)}"
+            )
+        first_slot = self._first_gap(num_slots)
+        if first_slot is None:
+            free = self.num_slots - sum(reservation.num_slots for reservation in self._held.values())
+            raise PoolFull(f"request {request_id!r} asks for {num_slots} slots in one piece; {free} are free in all")
+        self._held[request_id] = Reservation(request_id, first_slot, num_slots)
+        return self._held[request_id]
+
+    def release(self, request_id: str) -> None:
+        """Give back what a request holds.
+
+        Raises:
+            KeyError: it holds nothing.
+        """
+        del self._held[request_id]
+
+    def _first_gap(self, num_slots: int) -> int | None:
+        start = 0
+        for reservation in self.reservations:
+            if reservation.first_slot - start >= num_slots:
+                return start
+            start = reservation.end
+        return start if self.num_slots - start >= num_slots else None
