@@ -1,0 +1,1 @@
+"""Paged attention: the same function in several forms, pure tensors, no request in sight."""

@@ -1,0 +1,108 @@
+"""K and V in the pool: tensors, and the few things that are done to them.
+
+Each layer has two tensors, `key_cache` [N, P, Hkv, D] and `value_cache` [N, P, Hkv, Dv]: N blocks of P slots. A token
+lies in slot `block * P + offset`, at `cache[block, offset]`, in every layer the same. K and V are apart, and so are the
+layers, because that is what torch.compile can write into without copying a whole pool.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps for every token.
+
+    Attributes:
+        num_kv_heads: Hkv.
+        head_dim: D, the width of a key.
+        value_dim: Dv, the width of a value.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+def bytes_per_block(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in all layers together.
+
+    `block_size * Hkv * (D + Dv) * itemsize`, summed over the layers: KV heads, not query heads, and the head's own
+    width, which need not be hidden size over heads.
+
+    Example: 32 layers of 8 KV heads of 128 in bfloat16 keep 128 KiB for a token, 2 MiB for a block of 16.
+        >>> bytes_per_block([LayerShape(8, 128, 128)] * 32, block_size=16, dtype=torch.bfloat16) // 2**20
+        2
+    """
+    per_token = sum(layer.num_kv_heads * (layer.head_dim + layer.value_dim) for layer in layers)
+    return block_size * per_token * dtype.itemsize
+
+
+def allocate_layer(
+    shape: LayerShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """The two tensors of one layer, zero everywhere.
+
+    Zero and not empty: what lies in memory by chance may be NaN, and 0 * NaN is NaN even behind a mask.
+
+    Args:
+        shape: what the layer keeps for a token.
+        num_blocks: N, the null and the trash block included.
+        block_size: P.
+        dtype, device: of the tensors.
+
+    Returns:
+        key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv].
+    """
+    slots = (num_blocks, block_size, shape.num_kv_heads)
+    key_cache = torch.zeros(*slots, shape.head_dim, dtype=dtype, device=device)
+    value_cache = torch.zeros(*slots, shape.value_dim, dtype=dtype, device=device)
+    return key_cache, value_cache
+
+
+def write(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    """Write the K and V of T tokens into their slots, in place.
+
+    Args:
+        key_cache, value_cache: [N, P, Hkv, D] and [N, P, Hkv, Dv].
+        key, value: [T, Hkv, D] and [T, Hkv, Dv].
+        slot_mapping: [T] int64, `block * P + offset`; padded tokens point into the trash block.
+
+    Example:
+        >>> keys, values = torch.zeros(3, 2, 1, 1), torch.zeros(3, 2, 1, 1)
+        >>> write(keys, values, torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.tensor([3]))  # block 1, offset 1
+        >>> keys.flatten().tolist()
+        [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    """
+    block_size = key_cache.shape[1]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    # Not through a view of the pool: the compiler would copy all of it (docs/design.md).
+    key_cache[blocks, offsets] = key.to(key_cache.dtype)
+    value_cache[blocks, offsets] = value.to(value_cache.dtype)
+
+
+def copy_blocks(caches: Iterable[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks in every layer, in place: what copy-on-write asks for.
+
+    Args:
+        caches: (key_cache, value_cache) of every layer.
+        pairs: (source, target) blocks. No target may be the source of another pair: all sources are read first.
+
+    Raises:
+        ValueError: a target is also a source or occurs twice, so the result would depend on the order.
+    """
+    sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
+    if len(set(targets)) != len(targets) or set(targets) & set(sources):
+        raise ValueError(f"block copies {pairs} depend on their order: a target is written twice or read as a source")
+    for cache in caches:
+        for tensor in cache:
+            tensor[targets] = tensor[sources]
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors really take: those of their storages, each storage counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
