@@ -1,0 +1,144 @@
+"""Every knob and its default, in one place. Names and meanings are those of vLLM's engine arguments."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+ATTENTION_FORMS = ("auto", "gathered", "fused")
+GENERATION_CONFIGS = ("auto", "vllm")
+
+# Without a limit of its own, a step takes this many tokens, or one whole sequence if that is more.
+DEFAULT_BATCHED_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine.
+
+    Args:
+        model: "tiny" (the model that ships with the package), a local folder, or a name on the model hub.
+        tokenizer: folder or name, if it is not the model's.
+        skip_tokenizer_init: load no tokenizer; prompts are token ids and outputs have no text.
+        trust_remote_code, revision: handed to transformers.
+        dtype: of weights and KV cache; "auto" takes the checkpoint's, float32 on a CPU.
+        device: "auto" takes a GPU if there is one.
+        load_format: "auto" and "safetensors" load weights; "dummy" makes random ones from the config alone.
+        generation_config: whether sampling wishes that are not given come from the model's generation_config.json
+            ("auto") or are neutral ("vllm").
+        seed: of dummy weights, and of the noise of requests that bring no seed.
+        max_model_len: longest sequence, prompt and output; None takes the config's.
+        block_size: tokens a block of KV memory holds.
+        num_gpu_blocks_override: blocks of the pool, null and trash block included; overrides every other size.
+        kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
+        gpu_memory_utilization: share of the GPU's memory that weights, workspace and pool may take together.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step; None takes 4096, or max_model_len if that is more.
+        enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
+        attention_form: "gathered", "fused", or "auto": gathered when eager, fused when compiled.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the range.
+
+    Example:
+        >>> EngineConfig(model="tiny", block_size=0)
+        Traceback (most recent call last):
+        ValueError: block_size must be an integer >= 1, got 0
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"
+    generation_config: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    enforce_eager: bool | None = None
+    attention_form: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs"):
+            self._check_positive(name)
+        for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes", "max_num_batched_tokens"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        utilization = self.gpu_memory_utilization
+        if not isinstance(utilization, int | float) or not 0 < utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model must be 'tiny', a folder or a hub name, got {self.model!r}")
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("load_format", LOAD_FORMATS)
+        self._check_choice("attention_form", ATTENTION_FORMS)
+        self._check_choice("generation_config", GENERATION_CONFIGS)
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> "EngineConfig":
+        """A config from keyword arguments as a user writes them: a path for a model, a torch.dtype for a dtype.
+
+        Raises:
+            ValueError: an argument that does not exist; the message lists those that do.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(arguments) - set(known))
+        if unknown:
+            raise ValueError(f"unknown engine argument {', '.join(unknown)}; there are: {', '.join(known)}")
+        values = dict(arguments)
+        for name in ("model", "tokenizer"):
+            if isinstance(values.get(name), os.PathLike):
+                values[name] = os.fspath(values[name])
+        for name in ("dtype", "device"):
+            if name in values:
+                values[name] = str(values[name]).removeprefix("torch.")
+        return cls(**values)
+
+    def with_model_len(self, longest: int) -> "EngineConfig":
+        """The same settings with `max_model_len` and `max_num_batched_tokens` filled in.
+
+        Args:
+            longest: tokens that the model's positions allow.
+
+        Raises:
+            ValueError: max_model_len is longer than that, or a step cannot hold the longest sequence.
+        """
+        length = longest if self.max_model_len is None else self.max_model_len
+        if length > longest:
+            raise ValueError(f"max_model_len={length} is longer than the {longest} tokens that the model allows")
+        batched = self.max_num_batched_tokens
+        if batched is None:
+            batched = max(DEFAULT_BATCHED_TOKENS, length, self.max_num_seqs)
+        if batched < length:
+            raise ValueError(
+                f"max_num_batched_tokens={batched} is less than max_model_len={length}: a prompt is computed in one "
+                "step, so the step has to hold the longest; raise the one or lower the other"
+            )
+        if batched < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={batched} is less than max_num_seqs={self.max_num_seqs}: a step could not "
+                "hold one token of every sequence; raise the one or lower the other"
+            )
+        return replace(self, max_model_len=length, max_num_batched_tokens=batched)
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

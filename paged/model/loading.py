@@ -1,0 +1,183 @@
+"""Find a model, load it with transformers, and refuse what cannot be paged before its weights are read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from paged.config import EngineConfig
+from paged.model.support import ModelNotFound, check_backend, check_class, check_layers, longest_sequence
+
+TINY = Path(__file__).parent.parent / "tiny"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what the engine has to know of it.
+
+    Attributes:
+        model: transformers' module, on its device, in evaluation mode.
+        tokenizer: None if none was wanted.
+        config: the engine's settings with everything the model decides filled in.
+        vocab_size: token ids run from 0 to this less 1.
+        eos_token_ids: tokens that end a sequence.
+        generation_config: what the checkpoint says of sampling.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: EngineConfig
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    generation_config: GenerationConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load model and tokenizer as the settings say.
+
+    Raises:
+        ModelNotFound: the name or folder leads nowhere, or a file is missing.
+        UnsupportedModel: the model cannot be paged.
+        ValueError: max_model_len is longer than the model allows.
+    """
+    source = locate(config.model)
+    hf_config = _load_config(source, config)
+    check_class(hf_config)
+    check_layers(hf_config)
+    config = config.with_model_len(longest_sequence(hf_config))
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, hf_config, device)
+
+    if config.load_format == "dummy":
+        torch.manual_seed(config.seed)
+        with device:
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        generation_config = GenerationConfig.from_model_config(hf_config)
+    else:
+        model = _load_weights(source, hf_config, config, dtype)
+        generation_config = model.generation_config
+    check_backend(type(model))
+    model = model.to(device).eval()
+
+    tokenizer = (
+        None if config.skip_tokenizer_init else _load_tokenizer(locate(config.tokenizer or config.model), config)
+    )
+    eos = generation_config.eos_token_id
+    eos = hf_config.get_text_config().eos_token_id if eos is None else eos
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        vocab_size=hf_config.get_text_config().vocab_size,
+        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+        generation_config=generation_config,
+    )
+
+
+def locate(name: str) -> str:
+    """What transformers loads from: the shipped folder for "tiny", a local folder, or a hub name as it is.
+
+    Raises:
+        ModelNotFound: it can be none of the three.
+    """
+    if name == "tiny":
+        return str(TINY)
+    if Path(name).is_dir():
+        return name
+    # A hub name is "organisation/model". Anything else would only make the hub's client wait for an answer.
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name.startswith((".", "~")) or Path(name).exists():
+        raise ModelNotFound(
+            f"no model {name!r}: give 'tiny' (the model that ships with paged), a folder with config.json and "
+            "safetensors, or a hub name of the form 'organisation/model'"
+        )
+    return name
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for and torch sees no GPU; use device='cpu'")
+    return device
+
+
+def resolve_dtype(name: str, hf_config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is the checkpoint's, but float32 on a CPU, where halves are slow."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return getattr(hf_config, "dtype", None) or torch.float32
+
+
+def _load_config(source: str, config: EngineConfig) -> PretrainedConfig:
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelNotFound(f"the folder {source!r} has no config.json, so it holds no transformers model")
+    try:
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"the config of {source!r} could not be loaded: {error}") from error
+
+
+def _load_weights(
+    source: str, hf_config: PretrainedConfig, config: EngineConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        raise ModelNotFound(
+            f"the folder {source!r} has a config.json but no *.safetensors; add the weights, or use "
+            "load_format='dummy' for random ones"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            config=hf_config,
+            dtype=dtype,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ModelNotFound(f"the weights of {source!r} could not be loaded: {error}") from error
+
+
+def _load_tokenizer(source: str, config: EngineConfig) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(
+            f"the tokenizer of {source!r} could not be loaded; name another with tokenizer=, or set "
+            f"skip_tokenizer_init=True and give prompts as token ids: {error}"
+        ) from error

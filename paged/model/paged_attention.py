@@ -1,0 +1,127 @@
+"""The attention that transformers' models call: write this step's K and V into the pool, read by block table.
+
+transformers looks attention functions up by name, and hands ours whatever keyword arguments the model was called
+with. So the model's code stays its own, and a call looks like this:
+
+    model(input_ids=[1, T], position_ids=[1, T], attention_inputs=batch.attention, use_cache=False)
+
+The pools hang on the attention modules as buffers `key_cache` and `value_cache`. A lookup by layer number would make
+the compiler specialise its graph for every layer; a buffer of the module makes one graph serve them all.
+
+No mask is registered under our names, so transformers makes none and passes None: causality, the sliding window and
+padding are this function's business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from paged.attention import fused, gathered
+from paged.batch import AttentionInputs
+from paged.kv_pool import LayerShape, write
+from paged.model.support import UnsupportedModel
+
+PagedAttention = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _make_forward(paged_attention: PagedAttention) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function with transformers' signature around one of the forms."""
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,  # [1, Hq, T, D]
+        key: Tensor,  # [1, Hkv, T, D]
+        value: Tensor,  # [1, Hkv, T, Dv]
+        attention_mask: Tensor | None,
+        *,
+        scaling: float,
+        attention_inputs: AttentionInputs,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        key_cache, value_cache = module.get_buffer("key_cache"), module.get_buffer("value_cache")
+        write(key_cache, value_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), attention_inputs.slot_mapping)
+        tokens = query[0].transpose(0, 1)  # [T, Hq, D]
+        outputs = [
+            paged_attention(
+                tokens[group.start : group.end],
+                key_cache,
+                value_cache,
+                group.block_tables,
+                group.seq_lens,
+                group.query_start_loc,
+                scale=scaling,
+                window=sliding_window,
+                softcap=softcap,
+                sinks=s_aux,
+                max_query_len=group.max_query_len,
+            )[0]
+            for group in attention_inputs.groups
+        ]
+        return torch.cat(outputs).unsqueeze(0), None  # [1, T, Hq, Dv]
+
+    return forward
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function, as the probe saw it."""
+
+    module: nn.Module
+    shape: LayerShape
+
+
+def _probe(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+) -> tuple[Tensor, None]:
+    """Attend to nothing, and write down who asked for what."""
+    shape = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[3], value_dim=value.shape[3])
+    arguments["calls"].append(AttentionCall(module, shape))
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+PROBE = "paged_probe"
+AttentionInterface.register(PROBE, _probe)
+AttentionInterface.register("paged_gathered", _make_forward(gathered.paged_attention))
+AttentionInterface.register("paged_fused", _make_forward(fused.paged_attention))
+
+
+@torch.inference_mode()
+def find_attention(model: PreTrainedModel, num_tokens: int = 1) -> list[AttentionCall]:
+    """Ask the model itself: run a few tokens with an attention function that only takes notes.
+
+    No list of class or attribute names has to be kept, and it holds for head dims, KV heads and value widths of every
+    architecture, per layer.
+
+    Args:
+        model: any model with `_supports_attention_backend`.
+        num_tokens: tokens to run; more than one only to see what memory the rest of the model takes.
+
+    Returns:
+        One call for each layer, in the order of the layers.
+
+    Raises:
+        UnsupportedModel: some layer does not call the attention function exactly once.
+    """
+    model.set_attn_implementation(PROBE)
+    calls: list[AttentionCall] = []
+    tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+    positions = torch.arange(num_tokens, device=model.device)[None]
+    last = torch.tensor([num_tokens - 1], device=model.device)
+    model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=last, calls=calls)
+
+    num_layers = model.config.get_text_config().num_hidden_layers
+    modules = {id(call.module) for call in calls}
+    if not len(calls) == len(modules) == num_layers:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {num_layers} layers and {len(modules)} of them called the attention function "
+            f"{len(calls)} times in all; each layer has to call it once, or part of the model is not paged (recurrent "
+            "layers, attention of its own, layers that share their K and V)"
+        )
+    return calls

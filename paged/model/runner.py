@@ -1,0 +1,98 @@
+"""Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
+
+import torch
+from torch import Tensor, nn
+
+from paged.batch import Batch, BatchBuilder
+from paged.kv_pool import allocate_layer, copy_blocks, storage_bytes
+from paged.model.loading import LoadedModel
+from paged.model.memory_budget import num_blocks_for
+from paged.model.paged_attention import find_attention
+from paged.sampling import sample
+from paged.step import Step
+
+# Shapes are dynamic, but sizes 0 and 1 and one or two attention groups still make graphs of their own. Past its limit
+# the compiler would raise (fullgraph), so leave room for all of them.
+RECOMPILE_LIMIT = 64
+
+
+class ModelRunner:
+    """A model over a paged KV cache.
+
+    Args:
+        loaded: the model, as `load_model` gives it.
+
+    Attributes:
+        num_blocks: blocks of the pool, the null and the trash block included.
+        caches: (key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv]) of every layer.
+        attention_form: "gathered" or "fused".
+
+    Raises:
+        UnsupportedModel: a layer is not paged.
+        ValueError: the pool would be too small.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model, config = loaded.model, loaded.config
+        assert config.max_model_len is not None, "filled in when the model was loaded"
+        self._eager = loaded.device.type == "cpu" if config.enforce_eager is None else config.enforce_eager
+        self.attention_form = config.attention_form
+        if self.attention_form == "auto":
+            self.attention_form = "gathered" if self._eager else "fused"
+
+        calls = find_attention(self._model)
+        self.num_blocks = num_blocks_for(config, self._model, [call.shape for call in calls])
+        self.caches = []
+        for call in calls:
+            cache = allocate_layer(call.shape, self.num_blocks, config.block_size, loaded.dtype, loaded.device)
+            call.module.register_buffer("key_cache", cache[0], persistent=False)
+            call.module.register_buffer("value_cache", cache[1], persistent=False)
+            self.caches.append(cache)
+        self._model.set_attn_implementation(f"paged_{self.attention_form}")
+        if not self._eager:
+            self._compile_layers([call.module for call in calls])
+        self._builder = BatchBuilder(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            vocab_size=loaded.vocab_size,
+            device=loaded.device,
+        )
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes that the pool takes, measured: those of the tensors' storages."""
+        return storage_bytes([tensor for cache in self.caches for tensor in cache])
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[int]:
+        """Run one step.
+
+        Returns:
+            A token for each of its rows that samples, in the order of the rows.
+        """
+        batch = self._builder.build(step)
+        if batch.copies:
+            copy_blocks(self.caches, [(copy.source, copy.target) for copy in batch.copies])
+        tokens: list[int] = sample(self._logits(batch), batch.sampling).tolist()
+        return tokens
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """[S, V]: the logits of the tokens that are sampled from."""
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            output = self._model(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                attention_inputs=batch.attention,
+                logits_to_keep=batch.sampled,
+                use_cache=False,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _compile_layers(self, attention_modules: list[nn.Module]) -> None:
+        """Compile each decoder layer, the parent of its attention module: one graph serves them all."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        for module in attention_modules:
+            layer = self._model.get_submodule(names[id(module)].rpartition(".")[0])
+            layer.compile(fullgraph=True, dynamic=True)

@@ -1,0 +1,109 @@
+"""Which models can be paged, and the reason for each that cannot.
+
+transformers runs the model; only its attention is ours. That is right only if attention is all that remembers: every
+layer has to call the registered attention function, see all tokens before its own (or a window of them), and compute
+the same thing for a sequence whoever shares its batch. A model that breaks one of these would not fail. It would
+write wrong text. So each is refused here, by name.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+PAGEABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class ModelNotFound(ValueError):
+    """The model's name or folder does not lead to a model."""
+
+
+class UnsupportedModel(ValueError):
+    """The model exists and would run, but not rightly with a paged KV cache."""
+
+
+def check_class(config: PretrainedConfig) -> None:
+    """Refuse a model class that does not take its attention from transformers' registry.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{config.model_type}: an encoder-decoder; only decoder-only causal LMs are paged")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        # Remote code brings a class of its own; it is checked once it is loaded.
+        if getattr(config, "auto_map", None):
+            return
+        raise UnsupportedModel(f"{config.model_type}: transformers has no causal LM for {type(config).__name__}")
+    check_backend(model_class)
+
+
+def check_backend(model_class: type[PreTrainedModel]) -> None:
+    """Refuse a class without `_supports_attention_backend`: it would ignore the registered attention in silence.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise UnsupportedModel(
+            f"{model_class.__name__} does not take its attention from transformers' AttentionInterface "
+            "(_supports_attention_backend is not set), so it would run without the paged KV cache"
+        )
+
+
+def check_layers(config: PretrainedConfig) -> None:
+    """Refuse layers that keep anything but K and V of every token, or that hide part of their mask.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - PAGEABLE_LAYERS
+    if getattr(text, "attention_chunk_size", None):
+        kinds.add("chunked_attention")
+    if kinds:
+        raise UnsupportedModel(
+            f"{config.model_type}: layers of the kinds {', '.join(sorted(kinds))} cannot be paged, only "
+            f"{' and '.join(sorted(PAGEABLE_LAYERS))}; recurrent layers keep a state instead of K and V, and chunked "
+            "attention is hidden in a mask that the attention function never sees"
+        )
+
+
+def longest_sequence(config: PretrainedConfig) -> int:
+    """Tokens that the model's positions allow whoever shares the batch.
+
+    transformers picks the "dynamic" and "longrope" scalings of rotary positions by the longest position in the
+    *batch*, so a long sequence would change what a short one beside it computes. The first always does; the second
+    only past the original length, up to which it is allowed.
+
+    Raises:
+        UnsupportedModel: dynamic scaling, or a config that does not say how many positions there are.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        raise UnsupportedModel(f"{config.model_type}: its config has no max_position_embeddings")
+    for rope in _rope_parameters(text):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "dynamic":
+            raise UnsupportedModel(
+                f"{config.model_type}: rope_type 'dynamic' scales positions by the longest sequence of the batch, so "
+                "packing sequences together would change the model"
+            )
+        if kind == "longrope":
+            original = rope.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", longest
+            )
+            longest = min(longest, int(original))
+    return longest
+
+
+def _rope_parameters(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
+    """The rotary settings: one dictionary, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope and all(isinstance(value, dict) for value in rope.values()):
+        yield from rope.values()
+    else:
+        yield rope
