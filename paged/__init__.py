@@ -1,0 +1,34 @@
+"""PagedAttention in plain PyTorch: an engine to read, an oracle to check kernels with, and pictures of KV memory.
+
+from paged import LLM, SamplingParams
+
+llm = LLM(model="tiny")
+for output in llm.generate(["To be, or not to be"], SamplingParams(temperature=0, max_tokens=32)):
+    print(output.outputs[0].text)
+"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from paged.outputs import CompletionOutput, RequestOutput
+from paged.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from paged.engine import Engine
+    from paged.llm import LLM
+
+__version__ = version("paged")
+__all__ = ["LLM", "CompletionOutput", "Engine", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for, so that `paged --help` and the integer rooms stay quick."""
+    if name == "LLM":
+        from paged.llm import LLM
+
+        return LLM
+    if name == "Engine":
+        from paged.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module 'paged' has no attribute {name!r}")

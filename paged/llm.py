@@ -1,0 +1,125 @@
+"""LLM: the face a user sees, with vLLM's names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from paged.config import EngineConfig
+from paged.engine import Engine
+from paged.outputs import RequestOutput
+from paged.sampling_params import SamplingParams
+
+Prompt = str | Mapping[str, Any]
+
+
+class LLM:
+    """A model that answers many prompts at once.
+
+    Args:
+        model: "tiny" (ships with the package), a local folder, or a hub name.
+        arguments: every other setting of `EngineConfig`, by keyword.
+
+    Raises:
+        ModelNotFound, UnsupportedModel: the model is not there, or cannot be paged.
+        ValueError: a setting out of its range.
+
+    Example:
+        >>> llm = LLM(model="tiny", max_model_len=256)                                     # doctest: +SKIP
+        >>> outputs = llm.generate(["To be, or not"], SamplingParams(temperature=0))       # doctest: +SKIP
+        >>> outputs[0].outputs[0].text                                                     # doctest: +SKIP
+    """
+
+    def __init__(self, model: str, **arguments: Any) -> None:
+        self.engine = Engine(EngineConfig.from_arguments({"model": model, **arguments}))
+        self._num_requests = 0
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, None with `skip_tokenizer_init=True`."""
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given no sampling_params."""
+        return self.engine.default_sampling_params()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts.
+
+        Args:
+            prompts: one or many; each a text, {"prompt": text} or {"prompt_token_ids": [...]}.
+            sampling_params: one for all prompts, or one for each; None for the model's defaults.
+            use_tqdm: show progress, on a terminal only.
+
+        Returns:
+            One output for each prompt, in their order.
+
+        Raises:
+            ValueError: a prompt or its wishes cannot be served. Then nothing is generated, and the LLM stays usable.
+        """
+        prompt_list = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params_list = self._params_for(prompt_list, sampling_params)
+        request_ids: list[str] = []
+        finished: dict[str, RequestOutput] = {}
+        try:
+            for prompt, params in zip(prompt_list, params_list, strict=True):
+                request_id = str(self._num_requests)
+                self._num_requests += 1
+                self.engine.add_request(request_id, _content(prompt), params)
+                request_ids.append(request_id)
+            self._run(finished, len(request_ids), use_tqdm)
+        finally:
+            # After an error or Ctrl-C nothing of this call stays in the engine.
+            for request_id in request_ids:
+                if request_id not in finished:
+                    self.engine.abort_request(request_id)
+        return [finished[request_id] for request_id in request_ids]
+
+    def _run(self, finished: dict[str, RequestOutput], total: int, use_tqdm: bool) -> None:
+        num_input = num_output = 0
+        # disable=None is tqdm's way to say: only on a terminal.
+        with tqdm(total=total, desc="Processed prompts", disable=None if use_tqdm else True) as bar:
+            while self.engine.has_unfinished_requests:
+                for output in self.engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                        num_input += len(output.prompt_token_ids)
+                        num_output += sum(len(completion.token_ids) for completion in output.outputs)
+                        seconds = max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(
+                            f"est. speed input: {num_input / seconds:.2f} toks/s, "
+                            f"output: {num_output / seconds:.2f} toks/s",
+                            refresh=False,
+                        )
+                        bar.update(1)
+
+    def _params_for(
+        self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(sampling_params)} sampling_params were given; give one for all, or "
+                "one for each"
+            )
+        return list(sampling_params)
+
+
+def _content(prompt: Prompt) -> str | Sequence[int]:
+    """The text or the token ids of a prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        for key in ("prompt_token_ids", "prompt"):
+            if key in prompt:
+                content: str | Sequence[int] = prompt[key]
+                return content
+    raise ValueError(f"a prompt is a text, {{'prompt': text}} or {{'prompt_token_ids': [...]}}; got {prompt!r}")

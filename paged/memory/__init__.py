@@ -1,0 +1,1 @@
+"""What every byte of the pool is doing, step by step, and the pictures of it."""
