@@ -116,6 +116,11 @@ class BatchBuilder:
         self._top_p = np.zeros(max_num_seqs, np.float32)
         self._seeds = np.zeros(max_num_seqs, np.int64)
 
+    @property
+    def block_table_bytes(self) -> int:
+        """Bytes of the persistent block tables."""
+        return int(self._block_tables.nbytes)
+
     def build(self, step: Step) -> Batch:
         """The tensors of one step. Steps have to come in the order in which they were planned."""
         self._replay(step)

@@ -36,6 +36,7 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory that weights, workspace and pool may take together.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; None takes 4096, or max_model_len if that is more.
+        spare_blocks_per_seq: free blocks that stay for each running sequence when another is admitted (not in vLLM).
         enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
         attention_form: "gathered", "fused", or "auto": gathered when eager, fused when compiled.
 
@@ -65,6 +66,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    spare_blocks_per_seq: int = 1
     enforce_eager: bool | None = None
     attention_form: str = "auto"
 
@@ -74,6 +76,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
+        if not isinstance(self.spare_blocks_per_seq, int) or self.spare_blocks_per_seq < 0:
+            raise ValueError(f"spare_blocks_per_seq must be an integer >= 0, got {self.spare_blocks_per_seq!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         utilization = self.gpu_memory_utilization

@@ -55,6 +55,7 @@ class Engine:
             block_size=self.config.block_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            spare_blocks_per_seq=self.config.spare_blocks_per_seq,
         )
         self.events: list[StepEvent] | None = None
         self._detokenizers: dict[str, Detokenizer] = {}

@@ -3,7 +3,8 @@
 Continuous batching in three sentences. Before every step, each running request, oldest first, gets room for the
 tokens it has not computed; when the pool is empty, the youngest gives its blocks back and will compute them again
 (preemption by recomputation). Then waiting requests are admitted, in order of arrival, as long as the whole of the
-next one fits the free blocks and the step's token budget. Nobody waits for anybody else's end.
+next one fits the free blocks and the step's token budget, and the running ones keep a block each to grow into. Nobody
+waits for anybody else's end.
 
                      add                 schedule                   update
     caller ---------------> waiting ---------------> running ---------------> finished
@@ -33,6 +34,9 @@ class Scheduler:
         max_num_seqs: most sequences in one step; also the number of persistent rows.
         max_num_batched_tokens: most tokens in one step. A prompt is computed in one step, so it has to be at least as
             long as the longest sequence.
+        spare_blocks_per_seq: free blocks that have to be left for each running sequence when another is admitted.
+            With 0, newcomers take the blocks that the others are about to need, and work is thrown away
+            (docs/design.md has the measurement).
 
     Attributes:
         pool: the blocks.
@@ -54,8 +58,17 @@ class Scheduler:
         [(3, (8,))]
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        spare_blocks_per_seq: int = 1,
+    ) -> None:
         self.block_size = block_size
+        self.spare_blocks_per_seq = spare_blocks_per_seq
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pool = BlockPool(num_blocks)
@@ -187,10 +200,11 @@ class Scheduler:
             request = self.waiting[0]
             sequences = request.unfinished
             num_tokens = sum(s.num_tokens for s in sequences)
+            num_spare = self.spare_blocks_per_seq * sum(len(r.unfinished) for r in self.running)
             if (
                 len(sequences) > len(self._free_rows)
                 or num_tokens > budget
-                or self._blocks_needed(request) > self.pool.num_free
+                or self._blocks_needed(request) + num_spare > self.pool.num_free
             ):
                 break  # nobody overtakes the head of the queue, or a long prompt would wait forever
             self.running.append(self.waiting.popleft())

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from paged.attention.scores import (
+    by_head,
     cap_and_bias,
     compute_dtype,
     dequantised,
-    per_kv_head,
     place_tokens,
     softmax_with_sink,
     visible_keys,
@@ -48,8 +48,9 @@ def paged_attention(
 
     Arguments and results are those of `paged.attention.gathered.paged_attention`; `max_query_len` is not needed here.
     """
-    num_tokens, _, head_dim = query.shape
+    num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[2]
+    group = num_heads // num_kv_heads
     dtype = compute_dtype(query)
     tokens = place_tokens(num_tokens, seq_lens, query_start_loc)
     tables = block_tables[tokens.sequence]  # [T, M]
@@ -59,15 +60,14 @@ def paged_attention(
     value = dequantised(value_cache[tables], v_scale, tables, dtype)  # [T, M, P, Hkv, Dv]
     key = key.flatten(1, 2).transpose(1, 2).unsqueeze(2)  # [T, Hkv, 1, K, D]
     value = value.flatten(1, 2).transpose(1, 2).unsqueeze(2)  # [T, Hkv, 1, K, Dv]
-    q = query.to(dtype).reshape(num_tokens, num_kv_heads, -1, 1, head_dim)  # [T, Hkv, G, 1, D]
+    q = query.to(dtype).reshape(num_tokens, num_kv_heads, group, 1, head_dim)  # [T, Hkv, G, 1, D]
 
+    heads = (num_kv_heads, group)
     visible = visible_keys(tokens.position, key.shape[3], window) & tokens.real[:, None]  # [T, K]
     scores = (q * key).sum(dim=-1) * scale  # [T, Hkv, G, K]
-    scores = cap_and_bias(
-        scores, tokens.position[:, None, None], softcap, per_kv_head(alibi_slopes, num_kv_heads, dtype)
-    )
+    scores = cap_and_bias(scores, tokens.position[:, None, None], softcap, by_head(alibi_slopes, heads, dtype))
     scores = torch.where(visible[:, None, None], scores, -torch.inf)
-    weights, lse = softmax_with_sink(scores, per_kv_head(sinks, num_kv_heads, dtype))
+    weights, lse = softmax_with_sink(scores, by_head(sinks, heads, dtype))
     # A weight of 0 does not silence what lies in an unused slot: 0 * NaN is NaN. So it is taken out of V as well.
     value = torch.where(visible[:, None, None, :, None], value, 0.0)
     out = (weights[..., None] * value).sum(dim=3)  # [T, Hkv, G, Dv]

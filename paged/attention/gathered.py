@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from paged.attention.scores import (
+    by_head,
     cap_and_bias,
     compute_dtype,
     dequantised,
-    per_kv_head,
     place_tokens,
     softmax_with_sink,
     visible_keys,
@@ -68,38 +68,79 @@ def paged_attention(
         >>> round(out.item(), 5), round(lse.exp().item(), 5)
         (3.0, 3.0)
     """
-    num_tokens, _, head_dim = query.shape
+    num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[2]
+    group = num_heads // num_kv_heads
     dtype = compute_dtype(query)
+    if num_tokens == 0:
+        return query.new_empty(0, num_heads, value_cache.shape[3]), query.new_empty(0, num_heads, dtype=dtype)
     if max_query_len is None:
-        max_query_len = int(query_start_loc.diff().max()) if len(seq_lens) else 0
+        max_query_len = int(query_start_loc.diff().max())
+    max_query_len = max(1, max_query_len)
 
     # Sequences side by side, each padded to the longest number of query tokens.
     query_lens = query_start_loc.diff()  # [B]
     offsets = torch.arange(max_query_len, device=query.device)  # [Q]
     rows = (query_start_loc[:-1, None] + offsets).clamp(max=num_tokens - 1)  # [B, Q]
     positions = (seq_lens - query_lens)[:, None] + offsets  # [B, Q]
-    q = query[rows].to(dtype).reshape(*rows.shape, num_kv_heads, -1, head_dim)  # [B, Q, Hkv, G, D]
+    q = query[rows].to(dtype).reshape(*rows.shape, num_kv_heads, group, head_dim)  # [B, Q, Hkv, G, D]
+    q = q.permute(0, 2, 4, 3, 1).flatten(3)  # [B, Hkv, D, G * Q]
 
-    # The gather: blocks become a context of M * P keys.
-    key = dequantised(key_cache[block_tables], k_scale, block_tables, dtype).flatten(1, 2)  # [B, K, Hkv, D]
-    value = dequantised(value_cache[block_tables], v_scale, block_tables, dtype).flatten(1, 2)  # [B, K, Hkv, Dv]
-    num_keys = key.shape[1]
+    # The gather: blocks become a context of K = M * P keys, and nothing is left of the blocks.
+    key = gather(key_cache, block_tables, k_scale, dtype)  # [B, K, Hkv, D]
+    value = gather(value_cache, block_tables, v_scale, dtype)  # [B, K, Hkv, Dv]
+    clear_unused(value, seq_lens, block_size=key_cache.shape[1])
 
-    visible = visible_keys(positions, num_keys, window) & (offsets < query_lens[:, None])[..., None]  # [B, Q, K]
-    # A weight of 0 does not silence what lies in an unused slot: 0 * NaN is NaN. So it is taken out of V as well.
-    value = torch.where(visible.any(dim=1)[:, :, None, None], value, 0.0)
-
-    scores = torch.einsum("bqhgd,bkhd->bqhgk", q, key) * scale  # [B, Q, Hkv, G, K]
-    scores = cap_and_bias(scores, positions[:, :, None, None], softcap, per_kv_head(alibi_slopes, num_kv_heads, dtype))
-    scores = torch.where(visible[:, :, None, None], scores, -torch.inf)
-    weights, lse = softmax_with_sink(scores, per_kv_head(sinks, num_kv_heads, dtype))
-    out = torch.einsum("bqhgk,bkhd->bqhgd", weights, value)  # [B, Q, Hkv, G, Dv]
+    visible = visible_keys(positions, key.shape[1], window) & (offsets < query_lens[:, None])[..., None]  # [B, Q, K]
+    scores = (key.transpose(1, 2) @ q).transpose(2, 3) * scale  # [B, Hkv, G * Q, K]
+    heads = (num_kv_heads, group, 1)
+    scores = scores.reshape(len(seq_lens), num_kv_heads, group, max_query_len, -1)  # [B, Hkv, G, Q, K]
+    scores = cap_and_bias(scores, positions[:, None, None], softcap, by_head(alibi_slopes, heads, dtype))
+    scores = torch.where(visible[:, None, None], scores, -torch.inf)
+    weights, lse = softmax_with_sink(scores, by_head(sinks, heads, dtype))
+    out = weights.flatten(2, 3) @ value.transpose(1, 2)  # [B, Hkv, G * Q, Dv]
+    out = out.reshape(*scores.shape[:4], -1)  # [B, Hkv, G, Q, Dv]
 
     # Back to packed tokens.
     tokens = place_tokens(num_tokens, seq_lens, query_start_loc)
+    place = (tokens.sequence, slice(None), slice(None), tokens.offset.clamp(max=max_query_len - 1))
     real = tokens.real[:, None]
-    place = (tokens.sequence, tokens.offset.clamp(max=max_query_len - 1))
-    out = torch.where(real[..., None], out.flatten(2, 3)[place], 0.0)  # [T, Hq, Dv]
-    lse = torch.where(real, lse.flatten(2, 3)[place], -torch.inf)  # [T, Hq]
+    out = torch.where(real[..., None], out[place].flatten(1, 2), 0.0)  # [T, Hq, Dv]
+    lse = torch.where(real, lse[place].flatten(1, 2), -torch.inf)  # [T, Hq]
     return out.to(query.dtype), lse
+
+
+def gather(cache: Tensor, block_tables: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    """Copy the blocks of each sequence together.
+
+    Args:
+        cache: [N, P, Hkv, D].
+        block_tables: [B, M].
+        scale: a number, [Hkv], [N, P, Hkv], or None; stored value times scale is the value.
+        dtype: of the copy.
+
+    Returns:
+        [B, M * P, Hkv, D].
+    """
+    # cache[block_tables], but several times quicker on a CPU: it copies whole blocks.
+    stored = cache.index_select(0, block_tables.flatten())  # [B * M, P, Hkv, D]
+    stored = stored.reshape(*block_tables.shape, *cache.shape[1:])  # [B, M, P, Hkv, D]
+    return dequantised(stored, scale, block_tables, dtype).flatten(1, 2)
+
+
+def clear_unused(value: Tensor, seq_lens: Tensor, *, block_size: int) -> None:
+    """Zero the unused slots of each sequence's last block, in place: a weight of 0 does not silence a NaN in V.
+
+    No other slot needs it: blocks before the last one are full, and padding entries name the null block, which is zero.
+
+    Args:
+        value: [B, K, Hkv, Dv], gathered.
+        seq_lens: [B].
+        block_size: P.
+    """
+    num_sequences, num_keys = value.shape[:2]
+    last = (seq_lens - 1).clamp(min=0) // block_size * block_size  # [B] first slot of the last block
+    slots = (last[:, None] + torch.arange(block_size, device=value.device)).clamp(max=num_keys - 1)  # [B, P]
+    rows = torch.arange(num_sequences, device=value.device)[:, None]
+    used = (slots < seq_lens[:, None])[..., None, None]  # [B, P, 1, 1]
+    value[rows, slots] = torch.where(used, value[rows, slots], 0.0)

@@ -114,9 +114,9 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Ten
     return torch.exp(scores - total[..., None]), lse
 
 
-def per_kv_head(per_query_head: Tensor | None, num_kv_heads: int, dtype: torch.dtype) -> Tensor | None:
-    """[Hq] -> [Hkv, G]: query head `h` reads KV head `h // G`."""
-    return None if per_query_head is None else per_query_head.to(dtype).reshape(num_kv_heads, -1)
+def by_head(per_query_head: Tensor | None, heads: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """[Hq] as [Hkv, G] or [Hkv, G, 1]: query head `h` reads KV head `h // G`, as its member `h % G`."""
+    return None if per_query_head is None else per_query_head.to(dtype).reshape(heads)
 
 
 def dequantised(stored: Tensor, scale: Tensor | float | None, block_tables: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from paged.memory.states import Frame, SlotState
 
@@ -88,9 +89,14 @@ def pool_map(ax: Axes, frame: Frame, *, slots_per_row: int) -> list[Any]:
     image = ax.imshow(grid, cmap=colours, vmin=-0.5, vmax=last, aspect="auto", interpolation="nearest")
     artists: list[Any] = [image]
     for state, hatch in HATCHES.items():
-        mask = grid == state
-        if mask.any() and min(mask.shape) > 1:
-            artists.append(ax.contourf(mask, levels=[0.5, 1.5], colors="none", hatches=[hatch]))
+        runs = [
+            Rectangle((start - 0.5, row - 0.5), end - start, 1)
+            for row, line in enumerate(grid == state)
+            for start, end in _runs(line)
+        ]
+        if runs:
+            hatching = PatchCollection(runs, facecolor="none", edgecolor="black", linewidth=0, hatch=hatch)
+            artists.append(ax.add_collection(hatching))
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_xlabel(f"{frame.size:,} slots in address order, {slots_per_row} a row", fontsize=8)
@@ -110,7 +116,10 @@ def shares_over_time(ax: Axes, shares: npt.NDArray[np.float64], *, num_steps: in
     """
     assert np.allclose(shares.sum(axis=1), 1), "the shares of a step sum to the whole pool"
     areas = ax.stackplot(
-        np.arange(len(shares)), *(shares[:, state] for state in STACK), colors=[COLOURS[state] for state in STACK]
+        np.arange(len(shares)),
+        *(shares[:, state] for state in STACK),
+        colors=[COLOURS[state] for state in STACK],
+        step="post",
     )
     for area, state in zip(areas, STACK, strict=True):
         area.set_linewidth(0)
@@ -168,6 +177,12 @@ def side_by_side(left: PoolHistory, right: PoolHistory, *, caption: str) -> Figu
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(caption, fontsize=8, color="#4d4d4d", x=0.01, ha="left")
     return figure
+
+
+def _runs(line: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(start, end) of each unbroken run of True."""
+    edges = np.flatnonzero(np.diff(line.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
 def _slots_per_row(num_slots: int) -> int:

@@ -1,5 +1,6 @@
 """Find a model, load it with transformers, and refuse what cannot be paged before its weights are read."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from paged.config import EngineConfig
 from paged.model.support import ModelNotFound, check_backend, check_class, check_layers, longest_sequence
@@ -158,6 +160,9 @@ def _load_weights(
             f"the folder {source!r} has a config.json but no *.safetensors; add the weights, or use "
             "load_format='dummy' for random ones"
         )
+    quiet = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
             source,
@@ -169,6 +174,9 @@ def _load_weights(
         )
     except OSError as error:
         raise ModelNotFound(f"the weights of {source!r} could not be loaded: {error}") from error
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
 
 
 def _load_tokenizer(source: str, config: EngineConfig) -> PreTrainedTokenizerBase:

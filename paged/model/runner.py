@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from paged.batch import Batch, BatchBuilder
-from paged.kv_pool import allocate_layer, copy_blocks, storage_bytes
+from paged.kv_pool import allocate_layer, bytes_per_block, copy_blocks, storage_bytes
 from paged.model.loading import LoadedModel
 from paged.model.memory_budget import num_blocks_for
 from paged.model.paged_attention import find_attention
@@ -26,6 +26,7 @@ class ModelRunner:
         num_blocks: blocks of the pool, the null and the trash block included.
         caches: (key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv]) of every layer.
         attention_form: "gathered" or "fused".
+        most_gather_bytes: most bytes that gathered copies of K and V took in one layer so far, modelled.
 
     Raises:
         UnsupportedModel: a layer is not paged.
@@ -40,8 +41,12 @@ class ModelRunner:
         if self.attention_form == "auto":
             self.attention_form = "gathered" if self._eager else "fused"
 
+        self.most_gather_bytes = 0
         calls = find_attention(self._model)
         self.num_blocks = num_blocks_for(config, self._model, [call.shape for call in calls])
+        self._most_bytes_of_a_block = max(
+            bytes_per_block([call.shape], config.block_size, loaded.dtype) for call in calls
+        )
         self.caches = []
         for call in calls:
             cache = allocate_layer(call.shape, self.num_blocks, config.block_size, loaded.dtype, loaded.device)
@@ -64,6 +69,11 @@ class ModelRunner:
         """Bytes that the pool takes, measured: those of the tensors' storages."""
         return storage_bytes([tensor for cache in self.caches for tensor in cache])
 
+    @property
+    def block_table_bytes(self) -> int:
+        """Bytes of the persistent block tables."""
+        return self._builder.block_table_bytes
+
     @torch.inference_mode()
     def run(self, step: Step) -> list[int]:
         """Run one step.
@@ -74,6 +84,9 @@ class ModelRunner:
         batch = self._builder.build(step)
         if batch.copies:
             copy_blocks(self.caches, [(copy.source, copy.target) for copy in batch.copies])
+        if self.attention_form == "gathered":
+            blocks = max(group.block_tables.numel() for group in batch.attention.groups)
+            self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_bytes_of_a_block)
         tokens: list[int] = sample(self._logits(batch), batch.sampling).tolist()
         return tokens
 

@@ -93,10 +93,9 @@ def longest_sequence(config: PretrainedConfig) -> int:
                 "packing sequences together would change the model"
             )
         if kind == "longrope":
-            original = rope.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", longest
-            )
-            longest = min(longest, int(original))
+            stated = rope.get("original_max_position_embeddings")
+            original = stated or getattr(text, "original_max_position_embeddings", longest)
+            longest = min(longest, int(str(original)))
     return longest
 
 

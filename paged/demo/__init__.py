@@ -1,0 +1,88 @@
+"""`paged demo`: the same requests through a contiguous cache and through a paged one, on equal KV memory.
+
+The reference engine serves them in static batches from rows of max_model_len slots; paged serves them from blocks, in a
+pool of exactly as many bytes, its null and trash block included. Both are greedy and must give the same tokens.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from paged.config import EngineConfig
+from paged.demo.near_tie import compare
+from paged.demo.report import as_json, print_report
+from paged.demo.runs import PagedRun, contiguous_figures, contiguous_history, paged_figures, paged_history
+from paged.demo.workload import describe, make_prompts, read_prompts
+from paged.memory.plots import side_by_side
+from paged.model.loading import load_model
+from reference.engine import ReferenceEngine
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the command line asked for; see `paged demo --help`."""
+
+    model: str = "tiny"
+    prompts_file: Path | None = None
+    rows: int = 2
+    max_model_len: int | None = None
+    device: str = "cpu"
+    seed: int = 0
+    plot: Path | None = None
+    as_json: bool = False
+
+
+def run_demo(settings: DemoSettings) -> int:
+    """Run both engines and print what they did.
+
+    Returns:
+        0, or 1 if a token differs that is no near tie.
+
+    Raises:
+        ValueError: a setting, a prompt or the model cannot be used.
+    """
+    started = time.perf_counter()
+    texts = read_prompts(settings.prompts_file)
+    config = EngineConfig(
+        model=settings.model,
+        device=settings.device,
+        dtype="float32",
+        max_model_len=settings.max_model_len,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=len(texts),
+    )
+    loaded = load_model(config)
+    row = loaded.config.max_model_len
+    assert row is not None, "filled in when the model was loaded"
+    num_slots = settings.rows * row
+    if settings.rows < 1 or num_slots % BLOCK_SIZE:
+        raise ValueError(f"--rows {settings.rows} of {row} slots do not divide into blocks of {BLOCK_SIZE}")
+    prompts = make_prompts(texts, loaded.tokenizer, row, settings.seed)
+    if not settings.as_json:
+        print(
+            describe(prompts), f"max_model_len {row}: the contiguous cache has {settings.rows} rows of that", sep="\n"
+        )
+
+    engine = ReferenceEngine(loaded.model, num_rows=settings.rows, max_model_len=row)
+    contiguous = engine.generate(prompts)
+    paged = PagedRun(replace(config, kv_cache_memory_bytes=engine.cache.num_bytes), prompts)
+
+    left, right = contiguous_history(contiguous, num_slots=num_slots, row=row), paged_history(paged)
+    figures = contiguous_figures(engine, contiguous, left), paged_figures(paged, right)
+    differences = compare(loaded.model, contiguous.answers, paged.token_ids)
+    if settings.plot is not None:
+        caption = (
+            f"{describe(prompts)}; seed {settings.seed}, model {settings.model}, {figures[1].kv_bytes:,} bytes of KV "
+            f"memory each (measured), max_model_len {row}, block size {BLOCK_SIZE}; ramp-up and drain included"
+        )
+        side_by_side(left, right, caption=caption).savefig(settings.plot)
+    if settings.as_json:
+        print(json.dumps(as_json(settings.seed, row, figures, differences, texts, paged.outputs), indent=2))
+    else:
+        print_report(figures, differences, texts, paged.outputs)
+        print(f"{time.perf_counter() - started:.1f} s in all, loading included")
+        print(f"picture: {settings.plot}" if settings.plot else "add --plot PATH for a picture of both pools")
+    return int(any(not difference.near_tie for difference in differences))
