@@ -1,0 +1,74 @@
+"""A Step as tensors, against the same things worked out one token at a time in plain Python."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged.batch import BatchBuilder
+from paged.blocks import blocks_for
+from paged.request import Request
+from paged.sampling_params import SamplingParams
+from paged.scheduler import Scheduler
+
+VOCAB = 50
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=6),
+    st.integers(0, 10),
+)
+def test_every_tensor_of_every_step(block_size, lengths, spare):
+    """Drive the scheduler through whole runs, preemptions included, and look every number up by hand."""
+    most = max(blocks_for(n + m - 1, block_size) for n, m in lengths)
+    s = Scheduler(
+        num_blocks=2 + most + spare,
+        block_size=block_size,
+        max_num_seqs=4,
+        max_num_batched_tokens=30,
+        spare_blocks_per_seq=0,
+    )
+    builder = BatchBuilder(max_num_seqs=4, max_model_len=32, block_size=block_size, vocab_size=VOCAB, device="cpu")
+    requests = {}
+    for i, (prompt, max_tokens) in enumerate(lengths):
+        params = SamplingParams(temperature=i / 10, top_k=i, top_p=1 - i / 10, max_tokens=max_tokens)
+        requests[str(i)] = Request(
+            str(i), range(prompt), params, block_table=s.new_block_table(), seed=i * 7, max_tokens=max_tokens
+        )
+        s.add(requests[str(i)])
+    while (step := s.schedule()) is not None:
+        batch = builder.build(step)
+        attention = batch.attention
+        token = 0
+        rows = [(g, b) for g, group in enumerate(attention.groups) for b in range(len(group.seq_lens))]
+        assert len(rows) == len(step.rows)
+        for (g, b), row in zip(rows, step.rows, strict=True):
+            group = attention.groups[g]
+            table = requests[row.request_id].sequences[0].block_table
+            assert (group.max_query_len == 1) == (len(row.token_ids) == 1)
+            assert group.seq_lens[b] == row.end
+            assert group.start + group.query_start_loc[b] == token
+            width = group.block_tables.shape[1]
+            assert group.block_tables[b].tolist() == (table.blocks + [0] * width)[:width]
+            assert len(table.blocks) <= width
+            for position, token_id in zip(range(row.start, row.end), row.token_ids, strict=True):
+                assert batch.token_ids[token] == token_id
+                assert batch.positions[token] == position
+                assert attention.slot_mapping[token] == table.slot(position)
+                token += 1
+            assert group.query_start_loc[b + 1] + group.start == token
+        assert len(batch.token_ids) == token == step.num_tokens
+        ends = torch.tensor([len(row.token_ids) for row in step.rows]).cumsum(0) - 1
+        assert torch.equal(batch.sampled, ends)
+        wishes = [requests[row.request_id].sampling_params for row in step.rows]
+        sampling = batch.sampling
+        assert sampling.temperature.tolist() == pytest.approx([w.temperature for w in wishes])
+        assert sampling.top_p.tolist() == pytest.approx([w.top_p for w in wishes])
+        assert sampling.top_k.tolist() == [w.top_k or VOCAB for w in wishes]
+        assert sampling.seeds.tolist() == [requests[row.request_id].seed for row in step.rows]
+        assert sampling.positions.tolist() == [row.end for row in step.rows]
+        assert sampling.all_greedy == all(w.greedy for w in wishes)
+        assert sampling.any_truncated == any(w.top_k or w.top_p < 1 for w in wishes)
+        s.update(step, [1] * len(step.rows))
