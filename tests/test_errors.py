@@ -24,9 +24,9 @@ BAD_REQUESTS = {
     "no token": ([["a"]], GREEDY, "token id 'a'"),
     "too long": ([[1] * 64], GREEDY, "prompt of 64 tokens.*max_model_len=64.*at most 63"),
     "stop token beyond the vocabulary": ([[1]], SamplingParams(stop_token_ids=[10**6]), "token id 1000000"),
-    "stop string without tokenizer": ([[1]], SamplingParams(stop="x"), "stop strings and there is no tokenizer"),
+    "stop string without tokenizer": ([[1]], SamplingParams(stop="x"), "stop strings and the engine has no tokenizer"),
     "can never fit the pool": ([[1] * 40], SamplingParams(max_tokens=20), "never fit the pool.*8 blocks.*has 6"),
-    "fewer params than prompts": ([[1], [2]], [GREEDY], "2 prompts and 1 sampling_params"),
+    "fewer params than prompts": ([[1], [2]], [GREEDY], "prompts and 1 sampling_params"),
 }
 
 
@@ -126,8 +126,8 @@ REFUSED = {
     "bloom": ({"n_layer": 2, "hidden_size": 32, "n_head": 2}, "BloomForCausalLM does not take its attention"),
     "t5": ({}, "encoder-decoder"),
     "mamba": (SMALL, "does not take its attention|could not be loaded|no max_position_embeddings"),
-    "qwen3_next": (SMALL, "linear_attention"),
-    "lfm2": (SMALL, "conv"),
+    "qwen3_next": (SMALL, "does not take its attention"),
+    "lfm2": ({**SMALL, "layer_types": ["conv", "full_attention"]}, "layers of the kinds conv cannot be paged"),
     "llama4_text": ({**SMALL, "intermediate_size": 32, "intermediate_size_mlp": 32}, "chunked_attention"),
     "llama": (
         {**SMALL, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
+
 from paged.config import EngineConfig
 from paged.demo.near_tie import compare
 from paged.demo.report import as_json, print_report
@@ -45,6 +47,7 @@ def run_demo(settings: DemoSettings) -> int:
         ValueError: a setting, a prompt or the model cannot be used.
     """
     started = time.perf_counter()
+    check_picture(settings.plot)
     texts = read_prompts(settings.prompts_file)
     config = EngineConfig(
         model=settings.model,
@@ -68,10 +71,11 @@ def run_demo(settings: DemoSettings) -> int:
 
     engine = ReferenceEngine(loaded.model, num_rows=settings.rows, max_model_len=row)
     contiguous = engine.generate(prompts)
-    paged = PagedRun(replace(config, kv_cache_memory_bytes=engine.cache.num_bytes), prompts)
+    paged = PagedRun(replace(config, num_gpu_blocks_override=num_slots // BLOCK_SIZE), prompts)
 
     left, right = contiguous_history(contiguous, num_slots=num_slots, row=row), paged_history(paged)
     figures = contiguous_figures(engine, contiguous, left), paged_figures(paged, right)
+    assert figures[0].kv_bytes == figures[1].kv_bytes, "the two pools are measured to be of the same size"
     differences = compare(loaded.model, contiguous.answers, paged.token_ids)
     if settings.plot is not None:
         caption = (
@@ -86,3 +90,18 @@ def run_demo(settings: DemoSettings) -> int:
         print(f"{time.perf_counter() - started:.1f} s in all, loading included")
         print(f"picture: {settings.plot}" if settings.plot else "add --plot PATH for a picture of both pools")
     return int(any(not difference.near_tie for difference in differences))
+
+
+def check_picture(path: Path | None) -> None:
+    """Find out before the work whether a picture can be written.
+
+    Raises:
+        ValueError: its folder does not exist, or its ending is no picture's.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in endings:
+        raise ValueError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")
