@@ -108,12 +108,12 @@ def contiguous_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention over the rows of the cache, in the model's dtype."""
-    layer: Any = module.layer_idx
+    layer: int = getattr(module, "layer_idx")  # noqa: B009 (mypy takes attributes of modules for tensors)
     rows, columns = call.real.nonzero(as_tuple=True)
     positions = call.positions[rows, columns]
     call.cache.write(layer, rows, positions, key[rows, :, columns], value[rows, :, columns])
 
-    batch, num_heads, num_queries, _ = query.shape
+    batch, num_heads, num_queries = query.shape[:3]
     keys = call.cache.keys[layer][:batch, : call.num_keys].transpose(1, 2)  # [B, Hkv, K, D]
     values = call.cache.values[layer][:batch, : call.num_keys].transpose(1, 2)
     grouped = query.reshape(batch, keys.shape[1], -1, num_queries, query.shape[3])  # [B, Hkv, G, T, D]

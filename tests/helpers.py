@@ -22,5 +22,5 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 def load(folder: Path, **arguments: Any) -> LLM:
-    """An LLM over a folder without a tokenizer, with neutral sampling defaults."""
-    return LLM(model=folder, skip_tokenizer_init=True, generation_config="vllm", **arguments)
+    """An LLM over a folder without a tokenizer, with neutral sampling defaults; on the CPU unless told otherwise."""
+    return LLM(**{"device": "cpu", **arguments}, model=folder, skip_tokenizer_init=True, generation_config="vllm")

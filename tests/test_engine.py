@@ -44,6 +44,34 @@ def test_tokens_equal_transformers_generate(name, form, folders):
     assert llm.engine.scheduler.pool.num_free == 18, "every block came back"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings", [{"enforce_eager": True, "attention_form": "gathered"}, {}], ids=["eager", "compiled"]
+)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tokens_on_a_gpu_equal_transformers_generate_on_a_cpu(name, settings, folders):
+    prompts = token_prompts([1, 3, 4, 5, 17, 40])
+    llm = load(folders[name], device="cuda", block_size=4, num_gpu_blocks_override=20, max_num_seqs=4, **settings)
+    model = tiny_model(name)
+    for prompt, tokens in zip(prompts, tokens_of(llm.generate(as_prompts(prompts), GREEDY)), strict=True):
+        assert tokens == generate(model, prompt, 24)
+
+
+@pytest.mark.gpu
+def test_the_pool_takes_the_share_of_the_gpu_that_was_asked_for():
+    """Weights, the largest step and the pool together stay within gpu_memory_utilization, and come close to it."""
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free + 2 * 2**30) / total
+    torch.cuda.reset_peak_memory_stats()
+    llm = LLM(model="tiny", device="cuda", gpu_memory_utilization=share, max_num_seqs=4096, enforce_eager=True)
+    used = llm.engine.runner.kv_cache_bytes
+    assert 0.5 * 2 * 2**30 < used < 2 * 2**30
+    prompt = {"prompt_token_ids": [5] * 1000}
+    llm.generate([prompt] * 16, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    free_after, _ = torch.cuda.mem_get_info()
+    assert total - free_after <= share * total
+
+
 def test_the_shipped_model_equals_transformers_generate():
     prompts = [
         "To be, or not to be",
@@ -51,7 +79,7 @@ def test_the_shipped_model_equals_transformers_generate():
         "My lord,",
         "What news from the north, sir? Speak, and be brief.",
     ]
-    llm = LLM(model="tiny", max_model_len=256)
+    llm = LLM(model="tiny", max_model_len=256, device="cpu")
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -153,7 +181,7 @@ def test_stop_reasons(folders):
 
 
 def test_stop_strings_end_the_text_before_them():
-    llm = LLM(model="tiny", max_model_len=256)
+    llm = LLM(model="tiny", max_model_len=256, device="cpu")
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     whole = llm.generate("To be, or not", params)[0].outputs[0]
     tokenizer = llm.get_tokenizer()
