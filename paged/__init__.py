@@ -7,7 +7,6 @@ for output in llm.generate(["To be, or not to be"], SamplingParams(temperature=0
     print(output.outputs[0].text)
 """
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from paged.outputs import CompletionOutput, RequestOutput
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from paged.engine import Engine
     from paged.llm import LLM
 
-__version__ = version("paged")
+__version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "Engine", "RequestOutput", "SamplingParams"]
 
 

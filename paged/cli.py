@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
+
+from paged import __version__
 
 EXAMPLES = """examples:
   paged demo                          32 requests through a contiguous cache and through a paged one
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"paged {version('paged')}")
+    parser.add_argument("--version", action="version", version=f"paged {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     demo = commands.add_parser(
         "demo",

@@ -275,14 +275,14 @@ The checkpoint was chosen by this same figure, so it flatters the model a little
 
 `python scripts/train_tiny.py --text input.txt --out paged/tiny`, seed {arguments.seed}: {training["steps"]} steps of
 {arguments.batch_tokens:,} tokens in {training["minutes"]} minutes on one {environment["device"]} (torch \
-{environment["torch"]}, transformers {environment["transformers"]}). AdamW, learning rate {arguments.learning_rate}, \
-weight decay {arguments.weight_decay},
-dropout {arguments.layer_dropout}, {arguments.token_dropout:.0%} of the input tokens replaced at random, averaged \
-weights.
+{environment["torch"]},
+transformers {environment["transformers"]}). AdamW, learning rate {arguments.learning_rate}, \
+weight decay {arguments.weight_decay}, dropout {arguments.layer_dropout}, and
+{arguments.token_dropout:.0%} of the input tokens replaced at random, averaged weights.
 
 ## A sample
 
-Temperature 0.8, from `ROMEO:`
+Temperature 0.8, 200 tokens from `ROMEO:`, the end of the text suppressed.
 
 ```text
 {sample}
@@ -356,9 +356,13 @@ def main() -> None:
     )
     fast.save_pretrained(out)
 
-    prompt = torch.tensor([tokenizer.encode("ROMEO:").ids], device=device)
+    prompt = torch.tensor([tokenizer.encode("ROMEO:").ids])
     torch.manual_seed(arguments.seed)
-    tokens = model.float().generate(prompt, max_new_tokens=200, do_sample=True, temperature=0.8, top_k=0)
+    tokens = (
+        model.cpu()
+        .float()
+        .generate(prompt, max_new_tokens=200, do_sample=True, temperature=0.8, top_k=0, suppress_tokens=[end])
+    )
     metrics = {
         "bits_per_byte": {**baselines(validation), "model": rounded[dtype]},
         "validation_bytes": len(validation.encode()),

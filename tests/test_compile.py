@@ -130,13 +130,14 @@ def test_one_graph_serves_every_shape():
     function = torch.compile(fused.paged_attention, fullgraph=True, dynamic=True, backend="eager")
     t = tensors()
     queries, tables = t["query"].repeat(4, 1, 1), t["block_tables"].repeat(3, 1)
-    # No two sizes alike in the first call: the compiler would take them for one size and compile again.
+    # No two sizes alike in the first call: the compiler would take them for one size and compile again. And clones, not
+    # views: it compiles anew for a tensor that has no base where the first one had one.
     batches = [
         {
             "query": queries[: 2 * num].clone(),
             "key_cache": t["key_cache"],
             "value_cache": t["value_cache"],
-            "block_tables": tables[:num, :width].contiguous(),
+            "block_tables": tables[:num, :width].clone(),
             "seq_lens": torch.full((num,), width * P, dtype=torch.int32),
             "query_start_loc": torch.arange(num + 1, dtype=torch.int32) * 2,
         }

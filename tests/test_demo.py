@@ -106,7 +106,7 @@ def test_compare_finds_the_first_difference():
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--rows", "0"], "--rows 0"),
         (["--max-model-len", "1000", "--rows", "1"], "do not divide into blocks of 16"),
-        (["--device", "cuda:99"], "cuda:99" if torch.cuda.is_available() else "torch sees no GPU"),
+        (["--device", "cuda:99"], "the last GPU is" if torch.cuda.is_available() else "torch sees no GPU"),
         (["--max-model-len", "99999"], "max_model_len=99999 is longer"),
         (["--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
         (["--plot", "x.gif2"], "--plot x.gif2: a picture ends in"),
