@@ -9,7 +9,8 @@ All tokens of a step lie one after another, whoever they belong to. Three rows o
                 `---------- group 0 ------'  `------- group 1 -------'
 
 Rows with one token and rows with many are attended apart, each kind padded to its own longest, so that a long prompt
-does not make every decode beside it as wide as itself.
+does not make every decode beside it as wide as itself. A form of attention that pads queries too (gathered) gets every
+prompt as a group of its own; one that does not (fused) gets them in one, which keeps the number of graphs at two.
 
 The builder keeps one persistent row per sequence for what changes rarely (the block table, the sampling wishes) and
 replays on it what the Step says has changed.
@@ -53,7 +54,7 @@ class AttentionInputs(NamedTuple):
 
     Attributes:
         slot_mapping: [T] int64.
-        groups: one or two, in the order of the batch's tokens.
+        groups: in the order of the batch's tokens.
     """
 
     slot_mapping: Tensor
@@ -89,6 +90,7 @@ class BatchBuilder:
         block_size: tokens a block holds.
         vocab_size: what "all tokens" means as a top_k.
         device: where the Batches' tensors go.
+        prompts_apart: make each row of many tokens a group of its own.
 
     Example: a prompt of three tokens in blocks of two, the second block of the pool first.
         >>> from paged.blocks import TableChange
@@ -105,11 +107,19 @@ class BatchBuilder:
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: str | torch.device
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        device: str | torch.device,
+        prompts_apart: bool = False,
     ) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._device = torch.device(device)
+        self._prompts_apart = prompts_apart
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
@@ -134,7 +144,8 @@ class BatchBuilder:
         blocks = self._block_tables[rows[owner], positions // self._block_size].astype(np.int64)
         slots = blocks * self._block_size + positions % self._block_size
 
-        borders = sorted({0, step.num_single, len(rows)})
+        prompts = range(step.num_single, len(rows)) if self._prompts_apart else [step.num_single]
+        borders = sorted({0, *prompts, len(rows)})
         groups = tuple(
             self._group(rows[i:j], starts[i:j] + lengths[i:j], first_tokens[i : j + 1])
             for i, j in itertools.pairwise(borders)

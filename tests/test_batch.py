@@ -19,8 +19,9 @@ VOCAB = 50
     st.integers(1, 5),
     st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=6),
     st.integers(0, 10),
+    st.booleans(),
 )
-def test_every_tensor_of_every_step(block_size, lengths, spare):
+def test_every_tensor_of_every_step(block_size, lengths, spare, prompts_apart):
     """Drive the scheduler through whole runs, preemptions included, and look every number up by hand."""
     most = max(blocks_for(n + m - 1, block_size) for n, m in lengths)
     s = Scheduler(
@@ -30,7 +31,14 @@ def test_every_tensor_of_every_step(block_size, lengths, spare):
         max_num_batched_tokens=30,
         spare_blocks_per_seq=0,
     )
-    builder = BatchBuilder(max_num_seqs=4, max_model_len=32, block_size=block_size, vocab_size=VOCAB, device="cpu")
+    builder = BatchBuilder(
+        max_num_seqs=4,
+        max_model_len=32,
+        block_size=block_size,
+        vocab_size=VOCAB,
+        device="cpu",
+        prompts_apart=prompts_apart,
+    )
     requests = {}
     for i, (prompt, max_tokens) in enumerate(lengths):
         params = SamplingParams(temperature=i / 10, top_k=i, top_p=1 - i / 10, max_tokens=max_tokens)
@@ -44,6 +52,8 @@ def test_every_tensor_of_every_step(block_size, lengths, spare):
         token = 0
         rows = [(g, b) for g, group in enumerate(attention.groups) for b in range(len(group.seq_lens))]
         assert len(rows) == len(step.rows)
+        num_prompts = len(step.rows) - step.num_single
+        assert len(attention.groups) == (step.num_single > 0) + (num_prompts if prompts_apart else num_prompts > 0)
         for (g, b), row in zip(rows, step.rows, strict=True):
             group = attention.groups[g]
             table = requests[row.request_id].sequences[0].block_table

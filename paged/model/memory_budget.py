@@ -1,26 +1,38 @@
 """How many blocks the pool gets, and the errors when there is no room."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
-from paged.blocks import blocks_for
+from paged.blocks import TableChange, blocks_for
 from paged.config import EngineConfig
 from paged.kv_pool import LayerShape, bytes_per_block
-from paged.model.paged_attention import find_attention
+from paged.sampling_params import SamplingParams
+from paged.step import Admission, RowPlan, Step
 
 CPU_POOL_BYTES = 2 * 2**30
 # Blocks that no request can hold: the null and the trash block.
 OVERHEAD_BLOCKS = 2
 
 
-def num_blocks_for(config: EngineConfig, model: PreTrainedModel, layers: Sequence[LayerShape]) -> int:
+def num_blocks_for(
+    config: EngineConfig,
+    layers: Sequence[LayerShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    run_largest_steps: Callable[[], None],
+) -> int:
     """Blocks of the pool, the null and the trash block included.
 
     In this order: `num_gpu_blocks_override` as it is; what `kv_cache_memory_bytes` holds; on a GPU, what
     `gpu_memory_utilization` leaves beside the weights and the largest step; on a CPU 2 GiB. The last two never take
     more than `max_num_seqs` sequences of `max_model_len` could fill.
+
+    Args:
+        config: the settings, `max_model_len` filled in.
+        layers: what each layer keeps for a token.
+        dtype, device: of the pool.
+        run_largest_steps: called on a GPU, to see what memory is left beside the largest steps.
 
     Raises:
         ValueError: not even one block for a request, or not enough for one sequence of max_model_len.
@@ -33,14 +45,14 @@ def num_blocks_for(config: EngineConfig, model: PreTrainedModel, layers: Sequenc
                 f"the trash block take {OVERHEAD_BLOCKS}; give at least {OVERHEAD_BLOCKS + 1}"
             )
         return config.num_gpu_blocks_override
-    block_bytes = bytes_per_block(layers, config.block_size, model.dtype)
+    block_bytes = bytes_per_block(layers, config.block_size, dtype)
     longest = blocks_for(config.max_model_len, config.block_size)
     if config.kv_cache_memory_bytes is not None:
         available = config.kv_cache_memory_bytes
         num_blocks = available // block_bytes
     else:
-        on_gpu = model.device.type == "cuda"
-        available = _free_after_largest_step(config, model) if on_gpu else CPU_POOL_BYTES
+        on_gpu = device.type == "cuda"
+        available = _left_on_gpu(config, device, run_largest_steps) if on_gpu else CPU_POOL_BYTES
         num_blocks = min(available // block_bytes, longest * config.max_num_seqs + OVERHEAD_BLOCKS)
     if num_blocks < longest + OVERHEAD_BLOCKS:
         fitting = max(0, num_blocks - OVERHEAD_BLOCKS) * config.block_size
@@ -53,14 +65,35 @@ def num_blocks_for(config: EngineConfig, model: PreTrainedModel, layers: Sequenc
     return int(num_blocks)
 
 
-def _free_after_largest_step(config: EngineConfig, model: PreTrainedModel) -> int:
-    """Bytes of the GPU that are left for the pool: the share allowed, less what others and the largest step take."""
-    assert config.max_num_batched_tokens is not None, "filled in when the model was loaded"
+def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
+    """Two Steps that no other outgrows: prompts that fill the token budget, and decodes of sequences at full length.
+
+    All block tables name block 1 alone, so that a pool of three blocks is enough to run them: what they compute is of
+    no use, what memory they take is.
+    """
+    length, budget = config.max_model_len, config.max_num_batched_tokens
+    assert length is not None, "filled in when the model was loaded"
+    assert budget is not None, "filled in when the model was loaded"
+    table = TableChange(0, (1,) * blocks_for(length, config.block_size))
+    # The sampling that takes the most memory: it sorts.
+    params = SamplingParams(temperature=1, top_k=2, top_p=0.5)
+    admissions = tuple(Admission(row, params, seed=0) for row in range(config.max_num_seqs))
+
+    def row(index: int, start: int) -> RowPlan:
+        return RowPlan(str(index), 0, index, start, (0,) * (length - start), table, samples=True)
+
+    prompts = tuple(row(index, 0) for index in range(min(config.max_num_seqs, budget // length)))
+    decodes = tuple(row(index, length - 1) for index in range(config.max_num_seqs))
+    return Step(prompts, admissions), Step(decodes, admissions)
+
+
+def _left_on_gpu(config: EngineConfig, device: torch.device, run_largest_steps: Callable[[], None]) -> int:
+    """Bytes of the GPU that are left for the pool.
+
+    PyTorch keeps the memory that a step has used for the next one. So once the largest steps have run, what is in use
+    is what will ever be, by weights, steps and other processes, and the pool may have the rest of the share allowed.
+    """
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    find_attention(model, config.max_num_batched_tokens)
-    workspace = torch.cuda.max_memory_allocated(model.device) - before
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(model.device)
-    return int(total * config.gpu_memory_utilization) - (total - free) - workspace
+    run_largest_steps()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization) - (total - free)

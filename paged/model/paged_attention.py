@@ -93,15 +93,14 @@ AttentionInterface.register("paged_fused", _make_forward(fused.paged_attention))
 
 
 @torch.inference_mode()
-def find_attention(model: PreTrainedModel, num_tokens: int = 1) -> list[AttentionCall]:
-    """Ask the model itself: run a few tokens with an attention function that only takes notes.
+def find_attention(model: PreTrainedModel) -> list[AttentionCall]:
+    """Ask the model itself: run a token with an attention function that only takes notes.
 
     No list of class or attribute names has to be kept, and it holds for head dims, KV heads and value widths of every
     architecture, per layer.
 
     Args:
         model: any model with `_supports_attention_backend`.
-        num_tokens: tokens to run; more than one only to see what memory the rest of the model takes.
 
     Returns:
         One call for each layer, in the order of the layers.
@@ -111,10 +110,8 @@ def find_attention(model: PreTrainedModel, num_tokens: int = 1) -> list[Attentio
     """
     model.set_attn_implementation(PROBE)
     calls: list[AttentionCall] = []
-    tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
-    positions = torch.arange(num_tokens, device=model.device)[None]
-    last = torch.tensor([num_tokens - 1], device=model.device)
-    model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=last, calls=calls)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=zero, position_ids=zero, use_cache=False, calls=calls)
 
     num_layers = model.config.get_text_config().num_hidden_layers
     modules = {id(call.module) for call in calls}

@@ -1,12 +1,12 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paged.batch import Batch, BatchBuilder
 from paged.kv_pool import allocate_layer, bytes_per_block, copy_blocks, storage_bytes
 from paged.model.loading import LoadedModel
-from paged.model.memory_budget import num_blocks_for
+from paged.model.memory_budget import largest_steps, num_blocks_for
 from paged.model.paged_attention import find_attention
 from paged.sampling import sample
 from paged.step import Step
@@ -14,6 +14,8 @@ from paged.step import Step
 # Shapes are dynamic, but sizes 0 and 1 and one or two attention groups still make graphs of their own. Past its limit
 # the compiler would raise (fullgraph), so leave room for all of them.
 RECOMPILE_LIMIT = 64
+# With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
+COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
 
 
 class ModelRunner:
@@ -36,33 +38,44 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel) -> None:
         self._model, config = loaded.model, loaded.config
         assert config.max_model_len is not None, "filled in when the model was loaded"
+        self.most_gather_bytes = 0
         self._eager = loaded.device.type == "cpu" if config.enforce_eager is None else config.enforce_eager
         self.attention_form = config.attention_form
         if self.attention_form == "auto":
             self.attention_form = "gathered" if self._eager else "fused"
 
-        self.most_gather_bytes = 0
-        calls = find_attention(self._model)
-        self.num_blocks = num_blocks_for(config, self._model, [call.shape for call in calls])
-        self._most_bytes_of_a_block = max(
-            bytes_per_block([call.shape], config.block_size, loaded.dtype) for call in calls
-        )
-        self.caches = []
-        for call in calls:
-            cache = allocate_layer(call.shape, self.num_blocks, config.block_size, loaded.dtype, loaded.device)
-            call.module.register_buffer("key_cache", cache[0], persistent=False)
-            call.module.register_buffer("value_cache", cache[1], persistent=False)
-            self.caches.append(cache)
+        self._calls = find_attention(self._model)
+        shapes = [call.shape for call in self._calls]
+        self._most_bytes_of_a_block = max(bytes_per_block([shape], config.block_size, loaded.dtype) for shape in shapes)
         self._model.set_attn_implementation(f"paged_{self.attention_form}")
         if not self._eager:
-            self._compile_layers([call.module for call in calls])
+            self._compile_layers()
         self._builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             block_size=config.block_size,
             vocab_size=loaded.vocab_size,
             device=loaded.device,
+            prompts_apart=self._eager and self.attention_form == "gathered",
         )
+
+        def run_largest_steps() -> None:
+            self._allocate(3, loaded)
+            for step in largest_steps(config):
+                self.run(step)
+
+        self.num_blocks = num_blocks_for(config, shapes, loaded.dtype, loaded.device, run_largest_steps)
+        self._allocate(self.num_blocks, loaded)
+        self.most_gather_bytes = 0
+
+    def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
+        """Give every attention module a cache of so many blocks; what it had is let go."""
+        self.caches: list[tuple[Tensor, Tensor]] = []
+        for call in self._calls:
+            cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.dtype, loaded.device)
+            call.module.register_buffer("key_cache", cache[0], persistent=False)
+            call.module.register_buffer("value_cache", cache[1], persistent=False)
+            self.caches.append(cache)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -103,9 +116,9 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _compile_layers(self, attention_modules: list[nn.Module]) -> None:
+    def _compile_layers(self) -> None:
         """Compile each decoder layer, the parent of its attention module: one graph serves them all."""
         names = {id(module): name for name, module in self._model.named_modules()}
-        for module in attention_modules:
-            layer = self._model.get_submodule(names[id(module)].rpartition(".")[0])
-            layer.compile(fullgraph=True, dynamic=True)
+        for call in self._calls:
+            layer = self._model.get_submodule(names[id(call.module)].rpartition(".")[0])
+            layer.compile(fullgraph=True, dynamic=True, options=COMPILE_OPTIONS)
