@@ -89,7 +89,8 @@ def test_the_pool_takes_the_share_of_the_gpu_that_was_asked_for():
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     share = (total - free + 3 * 2**29) / total
-    llm = LLM(model="tiny", device="cuda", gpu_memory_utilization=share, max_num_seqs=512, enforce_eager=True)
+    settings = {"device": "cuda", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 512}
+    llm = LLM(model="tiny", gpu_memory_utilization=share, **settings)
     assert llm.engine.runner.kv_cache_bytes > 2**28
     assert llm.engine.runner.num_blocks < 512 * 64, "the limit on the share was the one that held"
     for length in (1000, 3):

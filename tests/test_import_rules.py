@@ -22,15 +22,13 @@ INTEGER_ROOMS = ("paged.blocks", "paged.request", "paged.scheduler", "paged.step
 MAY_IMPORT_REFERENCE = ("paged.demo", "paged.oracle", "paged.traces", "paged.bench", "paged.course")
 # Imports inside functions keep `paged --help` quick; nowhere else.
 MAY_IMPORT_LATE = ("paged.cli", "paged.__init__")
-# Arrows go one way: a room may import the rooms to its right in its own line, and those of the lines below.
+# Arrows go one way: no room may import one of a line above its own. The most exact name counts.
 LAYERS = (
     ("paged.cli", "paged.demo", "paged.server", "paged.bench"),
-    ("paged.llm",),
-    ("paged.memory",),
+    ("paged.llm", "paged.memory"),
     ("paged.engine",),
-    ("paged.model",),
-    ("paged.batch",),
-    ("paged.scheduler",),
+    ("paged.model", "paged.memory.events"),
+    ("paged.batch", "paged.scheduler"),
     ("paged.step", "paged.request"),
     ("paged.kv_pool", "paged.attention", "paged.sampling", "paged.outputs", "paged.config", "paged.blocks"),
     ("paged.sampling_params",),
@@ -144,7 +142,8 @@ def circles(root: Path) -> list[str]:
 
 
 def layer_of(module: str) -> int | None:
-    return next((i for i, rooms in enumerate(LAYERS) if within(module, rooms)), None)
+    rooms = [(len(room), i) for i, rooms in enumerate(LAYERS) for room in rooms if within(module, (room,))]
+    return max(rooms)[1] if rooms else None
 
 
 def arrows_upwards(root: Path) -> list[str]:
