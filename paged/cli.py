@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 max_model_len=options.max_model_len,
                 device=options.device,
                 seed=options.seed,
+                threads=options.threads,
                 plot=options.plot,
                 as_json=options.json,
             )
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-model-len", type=int, metavar="N", help="slots of each row (default: the model's)")
     demo.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the output lengths wanted (default: 0)")
+    demo.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; more help with larger models only (default: %(default)s)"
+    )
     demo.add_argument("--plot", type=Path, metavar="PATH", help="save the picture of both pools (.png, .svg or .pdf)")
     demo.add_argument("--json", action="store_true", help="print the figures as JSON instead of text")
     return parser

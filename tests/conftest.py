@@ -4,6 +4,10 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_model
 
+# The models are tiny, so threads bring nothing; and beside other work on the same cores they wait for one another,
+# which makes a run of the suite many times slower.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none, and say so."""

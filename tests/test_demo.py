@@ -105,6 +105,7 @@ def test_compare_finds_the_first_difference():
         (["--model", "tny"], "no model 'tny'"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--rows", "0"], "--rows 0"),
+        (["--threads", "0"], "--threads 0"),
         (["--max-model-len", "1000", "--rows", "1"], "do not divide into blocks of 16"),
         (["--device", "cuda:99"], "the last GPU is" if torch.cuda.is_available() else "torch sees no GPU"),
         (["--max-model-len", "99999"], "max_model_len=99999 is longer"),

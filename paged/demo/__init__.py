@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from matplotlib.backend_bases import FigureCanvasBase
 
 from paged.config import EngineConfig
@@ -33,6 +34,7 @@ class DemoSettings:
     max_model_len: int | None = None
     device: str = "cpu"
     seed: int = 0
+    threads: int = 1
     plot: Path | None = None
     as_json: bool = False
 
@@ -48,6 +50,11 @@ def run_demo(settings: DemoSettings) -> int:
     """
     started = time.perf_counter()
     check_picture(settings.plot)
+    if settings.threads < 1:
+        raise ValueError(f"--threads {settings.threads}: at least 1 is needed")
+    # On tensors this small, threads cost more than they bring; and beside other work they wait for one another: with a
+    # second process on two cores, the demo was seen to take thirty times as long with two threads as with one.
+    torch.set_num_threads(settings.threads)
     texts = read_prompts(settings.prompts_file)
     config = EngineConfig(
         model=settings.model,

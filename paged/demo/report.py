@@ -68,6 +68,7 @@ def as_json(
             "transformers": transformers.__version__,
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
         },
         "tokens_equal": not differences,
         "differences": [asdict(difference) for difference in differences],
