@@ -36,8 +36,9 @@ def print_report(
 ) -> None:
     """A few texts, the verdict on the tokens, and the table: contiguous left, paged right."""
     for i in sorted({0, len(texts) // 2, len(texts) - 1}):
-        answer = outputs[i].outputs[0].text
-        print(f"\n  {_one_line(texts[i])[-50:]}\n    -> {_one_line(answer)[:105]}")
+        prompt, answer = _one_line(texts[i]), _one_line(outputs[i].outputs[0].text)
+        print(f"\n  {prompt if len(prompt) <= 50 else '...' + prompt[-47:]}")
+        print(f"    -> {answer if len(answer) <= 105 else answer[:102] + '...'}")
     print()
     if not differences:
         print(f"tokens: all {figures[0].num_output_tokens:,} are equal")
