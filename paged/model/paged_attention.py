@@ -81,6 +81,11 @@ def _probe(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
     """Attend to nothing, and write down who asked for what."""
+    if "calls" not in arguments:
+        raise UnsupportedModel(
+            f"{type(module).__name__} does not hand the model's keyword arguments on to its attention function, so the "
+            "block tables would never reach it"
+        )
     shape = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[3], value_dim=value.shape[3])
     arguments["calls"].append(AttentionCall(module, shape))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
@@ -106,7 +111,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionCall]:
         One call for each layer, in the order of the layers.
 
     Raises:
-        UnsupportedModel: some layer does not call the attention function exactly once.
+        UnsupportedModel: some layer does not call the attention function exactly once, or without our arguments.
     """
     model.set_attn_implementation(PROBE)
     calls: list[AttentionCall] = []
