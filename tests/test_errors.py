@@ -127,7 +127,10 @@ REFUSED = {
     "t5": ({}, "encoder-decoder"),
     "mamba": (SMALL, "does not take its attention|could not be loaded|no max_position_embeddings"),
     "qwen3_next": (SMALL, "does not take its attention"),
-    "nemotron": ({**SMALL, "intermediate_size": 64}, "NemotronAttention does not hand the model's keyword arguments"),
+    "nemotron": (
+        {**SMALL, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 2},
+        "NemotronAttention does not hand the model's keyword arguments",
+    ),
     "lfm2": ({**SMALL, "layer_types": ["conv", "full_attention"]}, "layers of the kinds conv cannot be paged"),
     "llama4_text": ({**SMALL, "intermediate_size": 32, "intermediate_size_mlp": 32}, "chunked_attention"),
     "llama": (
