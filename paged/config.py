@@ -78,6 +78,11 @@ class EngineConfig:
                 self._check_positive(name)
         if not isinstance(self.spare_blocks_per_seq, int) or self.spare_blocks_per_seq < 0:
             raise ValueError(f"spare_blocks_per_seq must be an integer >= 0, got {self.spare_blocks_per_seq!r}")
+        for name in ("skip_tokenizer_init", "trust_remote_code"):
+            self._check_choice(name, (True, False))
+        self._check_choice("enforce_eager", (True, False, None))
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer must be a folder or a hub name, got {self.tokenizer!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         utilization = self.gpu_memory_utilization
@@ -142,7 +147,7 @@ class EngineConfig:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[str | bool | None, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")

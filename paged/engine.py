@@ -7,7 +7,10 @@ other, detokenizes, and looks for stop strings.
 """
 
 import hashlib
-from collections.abc import Sequence as SequenceOf
+import operator
+import reprlib
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 from paged.config import EngineConfig
 from paged.memory.events import StepEvent, take_event
@@ -72,7 +75,7 @@ class Engine:
         return self.events
 
     def add_request(
-        self, request_id: str, prompt: str | SequenceOf[int], sampling_params: SamplingParams | None = None
+        self, request_id: str, prompt: str | Iterable[SupportsIndex], sampling_params: SamplingParams | None = None
     ) -> None:
         """Queue a request.
 
@@ -85,7 +88,9 @@ class Engine:
             ValueError: the prompt is empty, too long, or holds an unknown token; the wishes do not fit the model; or
                 the request can never fit the pool. Nothing is queued then.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.default_sampling_params() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"request {request_id!r} brings {params!r} where SamplingParams are wanted")
         token_ids = self._tokenize(request_id, prompt)
         self._check(request_id, token_ids, params)
         room = self.max_model_len - len(token_ids)
@@ -130,22 +135,30 @@ class Engine:
         names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_new_tokens": "max_tokens"}
         return SamplingParams(**{ours: stated[theirs] for theirs, ours in names.items() if theirs in stated})
 
-    def _tokenize(self, request_id: str, prompt: str | SequenceOf[int]) -> list[int]:
+    def _tokenize(self, request_id: str, prompt: str | Iterable[SupportsIndex]) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            try:
+                return [_token_id(token) for token in prompt]
+            except TypeError as error:
+                raise ValueError(
+                    f"request {request_id!r} brings {reprlib.repr(prompt)}; a text or token ids are wanted: {error}"
+                ) from error
         if self.tokenizer is None:
             raise ValueError(
                 f"request {request_id!r} brings a text and the engine has no tokenizer (skip_tokenizer_init=True); "
                 "give token ids"
             )
-        return list(self.tokenizer(prompt)["input_ids"])
+        try:
+            return list(self.tokenizer(prompt)["input_ids"])
+        except (TypeError, UnicodeError) as error:
+            raise ValueError(f"request {request_id!r} brings a text that cannot be encoded: {error}") from error
 
     def _check(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
         """Refuse a prompt or wishes that the model cannot serve."""
         if not token_ids:
             raise ValueError(f"request {request_id!r} has an empty prompt; give at least one token")
         for token in (*token_ids, *(params.stop_token_ids or ())):
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"request {request_id!r} holds token id {token!r}, and the model has ids 0 to {self.vocab_size - 1}"
                 )
@@ -204,6 +217,13 @@ class Engine:
             finished=request.is_finished,
             num_preemptions=request.num_preemptions,
         )
+
+
+def _token_id(token: SupportsIndex) -> int:
+    """A token id as a plain integer, whether it came from a list, an array or a tensor."""
+    if isinstance(token, bool):
+        raise TypeError("a bool is no token id")
+    return operator.index(token)
 
 
 def _mixed(seed: int, arrival: int) -> int:

@@ -64,6 +64,11 @@ class LLM:
         """
         prompt_list = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params_list = self._params_for(prompt_list, sampling_params)
+        if self.engine.has_unfinished_requests:
+            raise ValueError(
+                "the engine has unfinished requests that generate did not add; run them to their end with engine.step, "
+                "or abort them"
+            )
         request_ids: list[str] = []
         finished: dict[str, RequestOutput] = {}
         try:
@@ -105,6 +110,8 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, str):
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts and {len(sampling_params)} sampling_params were given; give one for all, or "
@@ -118,8 +125,10 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Mapping):
-        for key in ("prompt_token_ids", "prompt"):
-            if key in prompt:
-                content: str | Sequence[int] = prompt[key]
-                return content
+        token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+        if token_ids is not None and not isinstance(token_ids, str):
+            ids: Sequence[int] = token_ids
+            return ids
+        if isinstance(text, str):
+            return text
     raise ValueError(f"a prompt is a text, {{'prompt': text}} or {{'prompt_token_ids': [...]}}; got {prompt!r}")

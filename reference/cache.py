@@ -48,8 +48,14 @@ class ContiguousCache:
         shape = (num_rows, max_model_len, num_kv_heads, head_dim)
         self.num_rows = num_rows
         self.max_model_len = max_model_len
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(text.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(text.num_hidden_layers)]
+        layers = range(text.num_hidden_layers)
+        try:
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        except RuntimeError as error:
+            raise ValueError(
+                f"a cache of {num_rows} rows of {max_model_len} slots does not fit into the memory of {device}"
+            ) from error
 
     @property
     def num_bytes(self) -> int:

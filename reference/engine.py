@@ -8,7 +8,7 @@ rest: write K and V into the rows, multiply with the whole of them, mask, softma
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,12 @@ class Answer:
     Attributes:
         token_ids: the sampled tokens.
         finish_reason: "stop" after an end-of-sequence token, else "length".
-        gaps: for each token, how far the best logit was above the second: what a near tie is judged by.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reason: str
-    gaps: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +142,7 @@ class ReferenceEngine:
         model: transformers' causal LM, in evaluation mode.
         num_rows: requests in a batch, and rows of the cache.
         max_model_len: slots of each row.
+        eos_token_ids: tokens that end an answer; None takes the model's generation config's.
 
     Example (the model folder is any that transformers loads):
         >>> from transformers import AutoModelForCausalLM
@@ -152,13 +151,20 @@ class ReferenceEngine:
         >>> engine.generate([Prompt("a", (5, 6, 7), max_tokens=8)]).answers[0].token_ids # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel, *, num_rows: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int] | None = None,
+    ) -> None:
         self.model = model
         self.cache = ContiguousCache(
             model.config, num_rows=num_rows, max_model_len=max_model_len, dtype=model.dtype, device=model.device
         )
         self.pool = ContiguousPool(num_rows * max_model_len)
-        eos = model.generation_config.eos_token_id
+        eos = model.generation_config.eos_token_id if eos_token_ids is None else eos_token_ids
         self._eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
 
     @torch.inference_mode()
@@ -189,13 +195,12 @@ class ReferenceEngine:
         """Run some prompts together until all have ended."""
         reserved = [self.pool.reserve(prompt.request_id, self.cache.max_model_len) for prompt in prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
-        gaps: list[list[float]] = [[] for _ in prompts]
         reasons: list[str | None] = [None for _ in prompts]
         fresh = [list(prompt.token_ids) for prompt in prompts]  # tokens whose K and V do not exist yet
         written = [0 for _ in prompts]
         while not all(reasons):
             logits = self._forward(fresh, written)
-            best = logits.topk(2, dim=-1)
+            best = logits.argmax(dim=-1).tolist()
             written = [n + len(tokens) for n, tokens in zip(written, fresh, strict=True)]
             held = tuple(
                 Held(r.request_id, r.first_slot, r.num_slots, n, reason is not None)
@@ -206,16 +211,15 @@ class ReferenceEngine:
             for i, prompt in enumerate(prompts):
                 fresh[i] = []
                 if reasons[i] is None:
-                    token = int(best.indices[i, 0])
+                    token = best[i]
                     outputs[i].append(token)
-                    gaps[i].append(float(best.values[i, 0] - best.values[i, 1]))
                     reasons[i] = self._reason(prompt, outputs[i])
                     fresh[i] = [] if reasons[i] else [token]
         for prompt in prompts:
             self.pool.release(prompt.request_id)
         return [
-            Answer(prompt.request_id, prompt.token_ids, tuple(output), str(reason), tuple(gap))
-            for prompt, output, reason, gap in zip(prompts, outputs, reasons, gaps, strict=True)
+            Answer(prompt.request_id, prompt.token_ids, tuple(output), str(reason))
+            for prompt, output, reason in zip(prompts, outputs, reasons, strict=True)
         ]
 
     def _forward(self, fresh: list[list[int]], written: list[int]) -> Tensor:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from paged import LLM, RequestOutput
 
 
@@ -24,3 +27,18 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
 def load(folder: Path, **arguments: Any) -> LLM:
     """An LLM over a folder without a tokenizer, with neutral sampling defaults; on the CPU unless told otherwise."""
     return LLM(**{"device": "cpu", **arguments}, model=folder, skip_tokenizer_init=True, generation_config="vllm")
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    """transformers' own greedy tokens, through its own contiguous cache."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()

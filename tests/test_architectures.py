@@ -2,8 +2,7 @@
 
 import pytest
 from architectures import ARCHITECTURES, build
-from helpers import as_prompts, load, token_prompts, tokens_of
-from test_engine import generate
+from helpers import as_prompts, generate, load, token_prompts, tokens_of
 
 from paged import SamplingParams
 

@@ -220,6 +220,49 @@ def test_max_query_len_may_be_given(form):
         assert torch.equal(a, b)
 
 
+WRONG_SHAPES = {
+    "query heads": ({"query": torch.zeros(1, 3, 4)}, "3 query heads of 4 cannot read 2 KV heads of 4"),
+    "head dim": ({"query": torch.zeros(1, 4, 5)}, "4 query heads of 5 cannot read 2 KV heads of 4"),
+    "dimensions": ({"query": torch.zeros(1, 1, 4, 4)}, r"must be \[T, Hq, D\]"),
+    "value cache": ({"value_cache": torch.zeros(3, 4, 2, 4)}, "must have the same blocks"),
+    "lengths": ({"seq_lens": torch.tensor([1, 1])}, r"1 block tables need 1 seq_lens .* got \[2\] and \[2\]"),
+    "window": ({"window": 0}, "window must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_wrong_shapes_are_named(name, form):
+    changed, message = WRONG_SHAPES[name]
+    arguments = {
+        "query": torch.zeros(1, 4, 4),
+        "key_cache": torch.zeros(3, 2, 2, 4),
+        "value_cache": torch.zeros(3, 2, 2, 4),
+        "block_tables": torch.tensor([[1]]),
+        "seq_lens": torch.tensor([1]),
+        "query_start_loc": torch.tensor([0, 1]),
+        "window": 1,
+    }
+    FORMS[form](**arguments, scale=1.0)
+    with pytest.raises(ValueError, match=message):
+        FORMS[form](**{**arguments, **changed}, scale=1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tables_without_a_block(form):
+    out, lse = FORMS[form](
+        torch.ones(2, 4, 4),
+        torch.zeros(3, 2, 2, 4),
+        torch.zeros(3, 2, 2, 4),
+        torch.zeros(2, 0, dtype=torch.int32),
+        torch.tensor([0, 0]),
+        torch.tensor([0, 1, 2]),
+        scale=1.0,
+    )
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_to_do(form):
     """No tokens, and sequences without any."""

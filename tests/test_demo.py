@@ -1,17 +1,20 @@
 """The command line and the demo, as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 from tiny_models import tiny_model
 
 from paged.cli import main
-from paged.demo.near_tie import compare, judge
+from paged.demo.near_tie import Difference, compare, judge
 from paged.model import runner
+from paged.model.loading import TINY
 from reference.engine import Prompt, ReferenceEngine
 
 
@@ -49,7 +52,7 @@ def test_the_table_says_it_in_words(short, capsys):
     assert main(["demo", *short]) == 0
     out = capsys.readouterr().out
     assert "are equal" in out
-    for row in ("KV bytes (measured)", "most requests at once", "of them recomputed", "gather scratch", "seconds"):
+    for row in ("KV bytes (measured)", "most requests at once", "of them recomputed", "gathered K and V", "seconds"):
         assert row in out
     assert "max_model_len 384" in out
 
@@ -106,7 +109,12 @@ def test_compare_finds_the_first_difference():
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--rows", "0"], "--rows 0"),
         (["--threads", "0"], "--threads 0"),
+        (["--rows", "-1"], "--rows -1: at least 1 is needed"),
         (["--max-model-len", "1000", "--rows", "1"], "do not divide into blocks of 16"),
+        (["--max-model-len", "256", "--rows", "1"], "too few for a request of 255 tokens; give more rows"),
+        (["--rows", "1000000000"], "a cache of 1000000000 rows of 1024 slots does not fit"),
+        (["--device", "meta"], "device 'meta' holds no numbers"),
+        (["--plot", "."], "--plot . is a folder"),
         (["--device", "cuda:99"], "the last GPU is" if torch.cuda.is_available() else "torch sees no GPU"),
         (["--max-model-len", "99999"], "max_model_len=99999 is longer"),
         (["--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
@@ -120,6 +128,25 @@ def test_bad_options_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_prompts_file_with_a_byte_order_mark(tmp_path, capsys):
+    (tmp_path / "bom.txt").write_text("\ufeffTo be\n", encoding="utf-8")
+    options = ["--prompts", str(tmp_path / "bom.txt"), "--max-model-len", "384", "--rows", "1", "--json"]
+    assert main(["demo", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["requests"][0]["prompt"] == "To be"
+
+
+def test_an_end_token_that_only_the_config_names(short, tmp_path, capsys):
+    """Both engines have to know it, and a difference in length is valid JSON."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / "generation_config.json").write_text("{}")
+    assert main(["demo", "--model", str(folder), "--json", *short]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_equal"]
+    difference = Difference("a", 3, 5, None, None, None, near_tie=False)
+    assert "WRONG" in str(difference)
+    assert json.loads(json.dumps(asdict(difference), allow_nan=False))["gap"] is None
 
 
 def test_an_empty_file_of_prompts(tmp_path, capsys):

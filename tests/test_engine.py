@@ -1,10 +1,12 @@
 """The engine against transformers' `generate`, and against itself under every setting that must not matter."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
-from helpers import as_prompts, load, token_prompts, tokens_of
+from helpers import as_prompts, generate, load, token_prompts, tokens_of
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,21 +16,6 @@ from paged.model.loading import TINY
 from paged.model.memory_budget import largest_steps
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-
-
-@torch.inference_mode()
-def generate(model, prompt: list[int], num_tokens: int) -> list[int]:
-    """transformers' own greedy tokens, through its own contiguous cache."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("form", ["gathered", "fused"])
@@ -61,7 +48,7 @@ def test_tokens_on_a_gpu_equal_transformers_generate_on_a_cpu(name, settings, fo
 
 
 def test_the_largest_steps_are_full_and_run_on_a_pool_of_three_blocks(folders):
-    """What a GPU's memory is measured with: the token budget used up, every seat taken, all at full length."""
+    """What a GPU's memory is measured with: the token budget used up, every row taken, all at full length."""
     llm = load(
         folders["llama"],
         max_model_len=64,
@@ -71,8 +58,8 @@ def test_the_largest_steps_are_full_and_run_on_a_pool_of_three_blocks(folders):
         num_gpu_blocks_override=3,
     )
     prompts, decodes = largest_steps(llm.engine.config)
-    assert [row.end for row in prompts.rows] == [64] * 3
-    assert prompts.num_tokens == 192
+    assert [row.end for row in prompts.rows] == [64, 64, 64, 8]
+    assert prompts.num_tokens == 200
     assert [(row.end, len(row.token_ids)) for row in decodes.rows] == [(64, 1)] * 5
     for step in (prompts, decodes):
         assert len(llm.engine.runner.run(step)) == len(step.rows)
@@ -225,7 +212,104 @@ def test_stop_strings_end_the_text_before_them():
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
 
 
-def test_no_seat_is_ever_taken_in_the_null_and_the_trash_block(folders):
+def test_a_stop_string_that_the_last_token_completes():
+    """The text ends before it and the reason is the string, though the length would have ended it as well."""
+    llm = LLM(model="tiny", max_model_len=256, device="cpu")
+    whole = llm.generate("To be, or not", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0]
+    stop = whole.text[-3:]
+    assert whole.text.count(stop) == 1
+    (output,) = llm.generate("To be, or not", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop))
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == (whole.text[:-3], "stop")
+    assert output.outputs[0].stop_reason == stop
+    assert not llm.engine._detokenizers, "nothing of a finished request stays"
+
+
+def test_a_stop_token_is_no_part_of_the_text():
+    llm = LLM(model="tiny", max_model_len=256, device="cpu")
+    whole = llm.generate("To be, or not", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0]
+    token = whole.token_ids[-1]
+    assert token not in whole.token_ids[:-1]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop_token_ids=[token])
+    (output,) = llm.generate("To be, or not", params)
+    assert output.outputs[0].token_ids == whole.token_ids
+    assert output.outputs[0].text == llm.get_tokenizer().decode(whole.token_ids[:-1])
+
+
+def test_half_a_character_at_the_end_comes_out():
+    """A character of several bytes whose last token never comes: its replacement is the text's end, not lost."""
+    llm = LLM(model="tiny", max_model_len=256, device="cpu")
+    half = llm.get_tokenizer()("é", add_special_tokens=False)["input_ids"][0]
+    engine = llm.engine
+    engine.add_request("a", "To be", SamplingParams(temperature=0, max_tokens=1))
+    run = engine.runner.run
+    engine.runner.run = lambda step: [half for _ in run(step)]
+    (output,) = engine.step()
+    assert (output.outputs[0].text, output.finished) == ("\ufffd", True)
+
+
+def test_the_checkpoint_may_state_how_to_sample(folders, tmp_path):
+    """generation_config.json holds for requests that bring no wishes, and the config's end token where it has none."""
+    shutil.copytree(folders["llama"], tmp_path / "model")
+    stated = {"temperature": 0.5, "top_k": 1, "top_p": 0.9, "max_new_tokens": 3}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(stated))
+    settings = {"device": "cpu", "skip_tokenizer_init": True}
+    llm = LLM(model=tmp_path / "model", **settings)
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.5, 1, 0.9, 3)
+    (prompt,) = as_prompts(token_prompts([6]))
+    greedy = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=3))
+    assert tokens_of(llm.generate(prompt)) == tokens_of(greedy), "top_k=1 takes the most likely token"
+    llm.engine.add_request("a", prompt["prompt_token_ids"])
+    assert llm.engine.scheduler.waiting[0].sampling_params == params
+    assert LLM(model=tmp_path / "model", generation_config="vllm", **settings).get_default_sampling_params() == (
+        SamplingParams()
+    )
+
+    second = tokens_of(greedy)[0][1]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for name, content in (("config.json", {**config, "eos_token_id": second}), ("generation_config.json", {})):
+        (tmp_path / "model" / name).write_text(json.dumps(content))
+    assert LLM(model=tmp_path / "model", **settings).engine._eos_token_ids == {second}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [second, 3]}))
+    ended = LLM(model=tmp_path / "model", **settings)
+    assert ended.engine._eos_token_ids == {second, 3}
+    (output,) = ended.generate(prompt, SamplingParams(temperature=0, max_tokens=9))
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (2, "stop")
+
+
+def test_seed_minus_one_is_no_seed(folders):
+    prompts = as_prompts(token_prompts([4]) * 2)
+    params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, seed=-1)
+    first, second = tokens_of(load(folders["llama"]).generate(prompts, params))
+    assert first != second
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """Each token is one of the best, up to what rounding in this dtype does to transformers' own logits."""
+    llm = LLM(model="tiny", max_model_len=256, device="cpu", dtype=dtype)
+    prompt = llm.get_tokenizer()("To be, or not to be")["input_ids"]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    (tokens,) = tokens_of(llm.generate(as_prompts([prompt]), params))
+    exact = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    rounded = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype)
+    with torch.inference_mode():
+        ids = torch.tensor([[*prompt, *tokens]])
+        best, halved = (
+            model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() for model in (exact, rounded)
+        )
+    error = (best - halved).abs().max()  # of one logit; a gap between two may be off by twice that, in both engines
+    chosen = best.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert (best.amax(dim=1) - chosen).max() <= 4 * error
+    assert llm.engine.runner.caches[0][0].dtype == dtype
+
+
+def test_a_pool_is_no_larger_than_its_users(folders):
+    llm = load(folders["llama"], max_model_len=64, block_size=16, max_num_seqs=3)
+    assert llm.engine.runner.num_blocks == 3 * 4 + 2
+
+
+def test_nothing_is_written_to_the_null_and_the_trash_block(folders):
     llm = load(folders["gemma2"], block_size=4, num_gpu_blocks_override=40)
     llm.generate(as_prompts(token_prompts([30, 3, 50])), GREEDY)
     for key_cache, value_cache in llm.engine.runner.caches:

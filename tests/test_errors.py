@@ -1,13 +1,17 @@
 """Bad input: the error names what was asked, what was there and what to change, and the engine stays usable."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
-from test_engine import as_prompts, load, token_prompts, tokens_of
+from helpers import as_prompts, load, token_prompts, tokens_of
 from tiny_models import tiny_model
 from transformers import AutoConfig, LlamaConfig
 
 from paged import LLM, SamplingParams
 from paged.model import ModelNotFound, UnsupportedModel
+from paged.model.loading import TINY
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -21,7 +25,11 @@ BAD_REQUESTS = {
     "empty prompt": ([[]], GREEDY, "empty prompt"),
     "token beyond the vocabulary": ([[5, 100000]], GREEDY, "token id 100000.*ids 0 to"),
     "negative token": ([[-1]], GREEDY, "token id -1"),
-    "no token": ([["a"]], GREEDY, "token id 'a'"),
+    "no token": ([["a"]], GREEDY, "a text or token ids are wanted"),
+    "no list of tokens": ([5], GREEDY, "a text or token ids are wanted"),
+    "truth instead of tokens": ([[True, False]], GREEDY, "a bool is no token id"),
+    "a dictionary instead of SamplingParams": ([[1]], {"temperature": 0}, "must be a SamplingParams"),
+    "a text instead of SamplingParams": ([[1]], "greedy", "must be a SamplingParams"),
     "too long": ([[1] * 64], GREEDY, "prompt of 64 tokens.*max_model_len=64.*at most 63"),
     "stop token beyond the vocabulary": ([[1]], SamplingParams(stop_token_ids=[10**6]), "token id 1000000"),
     "stop string without tokenizer": ([[1]], SamplingParams(stop="x"), "stop strings and the engine has no tokenizer"),
@@ -44,7 +52,11 @@ def test_a_bad_request_is_refused_and_the_engine_stays_usable(name, llm):
     assert tokens_of(llm.generate(good, GREEDY)) == before
 
 
-@pytest.mark.parametrize("prompt", [5, None, {"text": "a"}, [1, 2, 3]], ids=str)
+@pytest.mark.parametrize(
+    "prompt",
+    [5, None, {"text": "a"}, [1, 2, 3], {"prompt_token_ids": None}, {"prompt_token_ids": "abc"}, {"prompt": None}],
+    ids=str,
+)
 def test_a_prompt_of_another_kind_is_refused(prompt, llm):
     with pytest.raises(ValueError, match="a prompt is a text"):
         llm.generate([prompt], GREEDY)
@@ -53,6 +65,31 @@ def test_a_prompt_of_another_kind_is_refused(prompt, llm):
 def test_a_text_needs_a_tokenizer(llm):
     with pytest.raises(ValueError, match="no tokenizer"):
         llm.generate("hello", GREEDY)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple], ids=["numpy", "torch", "tuple"])
+def test_token_ids_may_come_in_any_container(kind, llm):
+    expected = llm.generate({"prompt_token_ids": [5, 6, 7]}, GREEDY)
+    (output,) = llm.generate({"prompt_token_ids": kind([5, 6, 7])}, GREEDY)
+    assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids
+    assert all(type(token) is int for token in output.prompt_token_ids)
+
+
+def test_generate_refuses_to_run_requests_of_others(llm):
+    llm.engine.add_request("mine", [1, 2], GREEDY)
+    with pytest.raises(ValueError, match="unfinished requests that generate did not add"):
+        llm.generate(as_prompts([[3]]), GREEDY)
+    assert llm.engine.abort_request("mine") is not None
+    assert len(llm.generate(as_prompts([[3]]), GREEDY)) == 1
+
+
+def test_the_longest_prompt_there_is_room_for(llm):
+    (output,) = llm.generate(as_prompts([[1] * 47]), SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 2
+    wide = load(llm.engine.config.model, max_model_len=64)
+    (output,) = wide.generate(as_prompts([[1] * 63]), GREEDY)
+    assert len(output.outputs[0].token_ids) == 1
+    assert output.outputs[0].finish_reason == "length"
 
 
 def test_a_name_can_be_used_once_at_a_time(llm):
@@ -114,6 +151,38 @@ def test_a_folder_without_weights(tmp_path):
         load(tmp_path)
 
 
+def test_missing_tensors_are_named_instead_of_drawn(tmp_path):
+    model = tiny_model("llama")
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("model.layers.1.mlp")}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ModelNotFound, match=r"lack 3 tensors .*'model\.layers\.1\.mlp\.down_proj\.weight'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"", "weights of .* could not be loaded"),
+        ("model.safetensors", None, "weights of .* could not be loaded"),
+        ("config.json", b"{", "config of .* could not be loaded"),
+        ("tokenizer.json", b"{}", "tokenizer of .* could not be loaded"),
+    ],
+    ids=["empty weights", "half the weights", "half a config", "no tokenizer in its file"],
+)
+def test_damaged_files_are_named(file, content, message, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+    with pytest.raises(ModelNotFound, match=message) as caught:
+        LLM(model=tmp_path / "model", device="cpu")
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_pool_beyond_all_memory_is_refused(folders):
+    with pytest.raises(ValueError, match=r"a pool of [\d,]+ blocks takes [\d,]+ bytes, more than cpu has left"):
+        load(folders["llama"], kv_cache_memory_bytes=10**16)
+
+
 def test_a_folder_without_tokenizer(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelNotFound, match="skip_tokenizer_init=True"):
@@ -127,6 +196,25 @@ REFUSED = {
     "t5": ({}, "encoder-decoder"),
     "mamba": (SMALL, "does not take its attention|could not be loaded|no max_position_embeddings"),
     "qwen3_next": (SMALL, "does not take its attention"),
+    "bert": ({**SMALL, "intermediate_size": 64}, "change with the tokens behind it"),
+    "roberta": ({**SMALL, "intermediate_size": 64, "is_decoder": True}, "positions are not 0, 1, 2"),
+    "doge": ({**SMALL, "intermediate_size": 64, "keep_window_size": 4}, "hands a mask of its own"),
+    "phimoe": (
+        {**SMALL, "intermediate_size": 64, "num_local_experts": 2, "num_key_value_heads": 2, "sliding_window": 7},
+        "2 layers have a sliding window and 0 of them tell",
+    ),
+    "qwen2_moe": (
+        {
+            **SMALL,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "1 layers have a sliding window and 0 of them tell",
+    ),
     "nemotron": (
         {**SMALL, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 2},
         "NemotronAttention does not hand the model's keyword arguments",

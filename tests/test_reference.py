@@ -96,7 +96,6 @@ def test_engine_equals_transformers_generate(name):
             expected.append(tuple(out[0, len(prompt.token_ids) :].tolist()))
     run = ReferenceEngine(model, num_rows=2, max_model_len=64).generate(prompts)
     assert [answer.token_ids for answer in run.answers] == expected
-    assert all(gap > 0 for answer in run.answers for gap in answer.gaps)
 
 
 def test_engine_stops_at_the_end_token_and_keeps_the_row():

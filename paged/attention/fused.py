@@ -19,6 +19,7 @@ from torch import Tensor
 from paged.attention.scores import (
     by_head,
     cap_and_bias,
+    check_arguments,
     compute_dtype,
     dequantised,
     place_tokens,
@@ -48,6 +49,7 @@ def paged_attention(
 
     Arguments and results are those of `paged.attention.gathered.paged_attention`; `max_query_len` is not needed here.
     """
+    check_arguments(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, window)
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[2]
     group = num_heads // num_kv_heads

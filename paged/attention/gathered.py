@@ -13,6 +13,7 @@ from torch import Tensor
 from paged.attention.scores import (
     by_head,
     cap_and_bias,
+    check_arguments,
     compute_dtype,
     dequantised,
     place_tokens,
@@ -53,8 +54,14 @@ def paged_attention(
         alibi_slopes: [Hq], adds `slope * (key position - query position)`.
         sinks: [Hq], one more logit in each head's denominator.
         k_scale, v_scale: a number, [Hkv] or [N, P, Hkv]; stored value times scale is the value.
-        max_query_len: most query tokens of one sequence, a host integer. None reads it from query_start_loc, for
-            which the host has to wait for the device.
+        max_query_len: most query tokens of one sequence, or more, a host integer; fewer would leave some out. None
+            reads it from query_start_loc, for which the host has to wait for the device.
+
+    Unused slots may hold anything. What is in use must be finite, here more than in the fused form: a NaN in V reaches
+    every query of its sequence, since a weight of 0 does not silence it in a matrix product.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a window below 1.
 
     Returns:
         out [T, Hq, Dv] in query's dtype, lse [T, Hq] (natural log over the keys alone) in float32, or float64 for
@@ -68,6 +75,7 @@ def paged_attention(
         >>> round(out.item(), 5), round(lse.exp().item(), 5)
         (3.0, 3.0)
     """
+    check_arguments(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, window)
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[2]
     group = num_heads // num_kv_heads
@@ -139,6 +147,8 @@ def clear_unused(value: Tensor, seq_lens: Tensor, *, block_size: int) -> None:
         block_size: P.
     """
     num_sequences, num_keys = value.shape[:2]
+    if num_keys == 0:
+        return
     last = (seq_lens - 1).clamp(min=0) // block_size * block_size  # [B] first slot of the last block
     slots = (last[:, None] + torch.arange(block_size, device=value.device)).clamp(max=num_keys - 1)  # [B, P]
     rows = torch.arange(num_sequences, device=value.device)[:, None]

@@ -9,6 +9,45 @@ import torch
 from torch import Tensor
 
 
+def check_arguments(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    window: int | None,
+) -> None:
+    """Refuse shapes that do not belong together, which would otherwise fail far from here, or not at all.
+
+    Raises:
+        ValueError: which shapes, and what they should be.
+    """
+    if query.dim() != 3 or key_cache.dim() != 4 or value_cache.dim() != 4:
+        raise ValueError(
+            f"query, key_cache and value_cache must be [T, Hq, D], [N, P, Hkv, D] and [N, P, Hkv, Dv], got "
+            f"{list(query.shape)}, {list(key_cache.shape)} and {list(value_cache.shape)}"
+        )
+    if query.shape[1] % key_cache.shape[2] or query.shape[2] != key_cache.shape[3]:
+        raise ValueError(
+            f"{query.shape[1]} query heads of {query.shape[2]} cannot read {key_cache.shape[2]} KV heads of "
+            f"{key_cache.shape[3]}: the first must be a multiple of the second, and the widths equal"
+        )
+    if key_cache.shape[:3] != value_cache.shape[:3]:
+        raise ValueError(
+            f"key_cache {list(key_cache.shape)} and value_cache {list(value_cache.shape)} must have the same blocks, "
+            "slots and heads"
+        )
+    batch = len(block_tables)
+    if seq_lens.shape != (batch,) or query_start_loc.shape != (batch + 1,):
+        raise ValueError(
+            f"{batch} block tables need {batch} seq_lens and {batch + 1} entries of query_start_loc, got "
+            f"{list(seq_lens.shape)} and {list(query_start_loc.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, the query itself, or None for all keys; got {window}")
+
+
 class Tokens(NamedTuple):
     """Where each of T query tokens belongs.
 

@@ -6,12 +6,14 @@ pool of exactly as many bytes, its null and trash block included. Both are greed
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from matplotlib.backend_bases import FigureCanvasBase
 
+from paged.blocks import blocks_for
 from paged.config import EngineConfig
 from paged.demo.near_tie import compare
 from paged.demo.report import as_json, print_report
@@ -19,7 +21,8 @@ from paged.demo.runs import PagedRun, contiguous_figures, contiguous_history, pa
 from paged.demo.workload import describe, make_prompts, read_prompts
 from paged.memory.plots import side_by_side
 from paged.model.loading import load_model
-from reference.engine import ReferenceEngine
+from paged.model.memory_budget import OVERHEAD_BLOCKS
+from reference.engine import Prompt, ReferenceEngine
 
 BLOCK_SIZE = 16
 
@@ -50,8 +53,9 @@ def run_demo(settings: DemoSettings) -> int:
     """
     started = time.perf_counter()
     check_picture(settings.plot)
-    if settings.threads < 1:
-        raise ValueError(f"--threads {settings.threads}: at least 1 is needed")
+    for name, value in (("threads", settings.threads), ("rows", settings.rows)):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: at least 1 is needed")
     # On tensors this small, threads cost more than they bring; and beside other work they wait for one another: with a
     # second process on two cores, the demo was seen to take thirty times as long with two threads as with one.
     torch.set_num_threads(settings.threads)
@@ -68,15 +72,16 @@ def run_demo(settings: DemoSettings) -> int:
     row = loaded.config.max_model_len
     assert row is not None, "filled in when the model was loaded"
     num_slots = settings.rows * row
-    if settings.rows < 1 or num_slots % BLOCK_SIZE:
-        raise ValueError(f"--rows {settings.rows} of {row} slots do not divide into blocks of {BLOCK_SIZE}")
     prompts = make_prompts(texts, loaded.tokenizer, row, settings.seed)
+    check_sizes(settings.rows, row, prompts)
+    engine = ReferenceEngine(
+        loaded.model, num_rows=settings.rows, max_model_len=row, eos_token_ids=loaded.eos_token_ids
+    )
     if not settings.as_json:
         print(
             describe(prompts), f"max_model_len {row}: the contiguous cache has {settings.rows} rows of that", sep="\n"
         )
 
-    engine = ReferenceEngine(loaded.model, num_rows=settings.rows, max_model_len=row)
     contiguous = engine.generate(prompts)
     paged = PagedRun(replace(config, num_gpu_blocks_override=num_slots // BLOCK_SIZE), prompts)
 
@@ -91,12 +96,31 @@ def run_demo(settings: DemoSettings) -> int:
         )
         side_by_side(left, right, caption=caption).savefig(settings.plot)
     if settings.as_json:
-        print(json.dumps(as_json(settings.seed, row, figures, differences, texts, paged.outputs), indent=2))
+        result = as_json(settings.seed, row, figures, differences, texts, paged.outputs)
+        print(json.dumps(result, indent=2, allow_nan=False))
     else:
         print_report(figures, differences, texts, paged.outputs)
         print(f"{time.perf_counter() - started:.1f} s in all, loading included")
         print(f"picture: {settings.plot}" if settings.plot else "add --plot PATH for a picture of both pools")
     return int(any(not difference.near_tie for difference in differences))
+
+
+def check_sizes(rows: int, row: int, prompts: Sequence[Prompt]) -> None:
+    """Find out before the work whether the paged pool can be of the same size and serve everybody.
+
+    Raises:
+        ValueError: the slots make no whole blocks, or too few for the longest request.
+    """
+    num_slots = rows * row
+    if num_slots % BLOCK_SIZE:
+        raise ValueError(f"--rows {rows} of --max-model-len {row} do not divide into blocks of {BLOCK_SIZE} slots")
+    longest = max(len(prompt.token_ids) + prompt.max_tokens - 1 for prompt in prompts)
+    num_usable = num_slots // BLOCK_SIZE - OVERHEAD_BLOCKS
+    if blocks_for(longest, BLOCK_SIZE) > num_usable:
+        raise ValueError(
+            f"--rows {rows} of --max-model-len {row} make {num_slots // BLOCK_SIZE} blocks of {BLOCK_SIZE} slots; less "
+            f"the null and the trash block that is too few for a request of {longest} tokens; give more rows"
+        )
 
 
 def check_picture(path: Path | None) -> None:
@@ -109,6 +133,8 @@ def check_picture(path: Path | None) -> None:
         return
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"--plot {path} is a folder; name a file in it")
     endings = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in endings:
+    if path.suffix.removeprefix(".").lower() not in endings:
         raise ValueError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")

@@ -27,8 +27,8 @@ class Difference:
         request_id: whose.
         position: which of the output's tokens.
         contiguous, paged: the token each engine gave; None if its answer had ended.
-        gap: between their logits in float64.
-        bound: up to which a gap is a near tie.
+        gap: between their logits in float64; None if one answer had ended.
+        bound: up to which a gap is a near tie; None likewise.
         near_tie: whether it is one.
     """
 
@@ -36,15 +36,18 @@ class Difference:
     position: int
     contiguous: int | None
     paged: int | None
-    gap: float
-    bound: float
+    gap: float | None
+    bound: float | None
     near_tie: bool
 
     def __str__(self) -> str:
+        where = f"request {self.request_id} differs first at output token {self.position}"
+        tokens = f"contiguous {self.contiguous}, paged {self.paged}"
+        if self.gap is None:
+            return f"{where}: {tokens}; one answer ended where the other went on: WRONG"
         verdict = "a near tie" if self.near_tie else "WRONG: no near tie"
         return (
-            f"request {self.request_id} differs first at output token {self.position}: contiguous {self.contiguous}, "
-            f"paged {self.paged}; their logits are {self.gap:.2e} apart, rounding explains {self.bound:.2e}: {verdict}"
+            f"{where}: {tokens}; their logits are {self.gap:.2e} apart, rounding explains {self.bound:.2e}: {verdict}"
         )
 
 
@@ -66,10 +69,10 @@ def compare(model: PreTrainedModel, answers: Sequence[Answer], paged: Mapping[st
             continue
         position = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
         if position is None:  # one ended where the other went on: not a matter of rounding
-            shorter = min(len(ours), len(theirs))
-            token = (*ours, *theirs)[shorter] if len(ours) > len(theirs) else None
-            ended = theirs[shorter] if len(theirs) > shorter else None
-            differences.append(Difference(answer.request_id, shorter, ended, token, float("inf"), 0.0, near_tie=False))
+            end = min(len(ours), len(theirs))
+            contiguous = theirs[end] if len(theirs) > end else None
+            more = ours[end] if len(ours) > end else None
+            differences.append(Difference(answer.request_id, end, contiguous, more, None, None, near_tie=False))
             continue
         prefix = answer.prompt_token_ids + theirs[:position]
         gap, bound = judge(model, prefix, theirs[position], ours[position])

@@ -16,12 +16,12 @@ from paged.outputs import RequestOutput
 ROWS = (
     ("KV bytes (measured)", "{0.kv_bytes:,}"),
     ("most requests at once", "{0.most_at_once}"),
-    ("live share of pool, average", "{0.live_average:.1%}"),
+    ("live share of pool, mean of steps", "{0.live_average:.1%}"),
     ("live share at the fullest step", "{0.live_fullest:.1%}"),
     ("steps", "{0.num_steps:,}"),
     ("tokens computed", "{0.num_computed_tokens:,}"),
     ("  of them recomputed", "{0.num_recomputed_tokens:,}"),
-    ("gather scratch, most bytes", "{0.gather_scratch_bytes:,}"),
+    ("gathered K and V, most (modelled)", "{0.gather_scratch_bytes:,}"),
     ("block table bytes", "{0.block_table_bytes:,}"),
     ("output tokens per second", "{0.tokens_per_second:,.0f}"),
     ("seconds", "{0.seconds:.1f}"),
@@ -44,10 +44,10 @@ def print_report(
         print(f"tokens: all {figures[0].num_output_tokens:,} are equal")
     for difference in differences:
         print(f"tokens: {difference}")
-    print(f"\n  {'':32}{'contiguous':>14}{'paged':>14}")
+    print(f"\n  {'':36}{'contiguous':>14}{'paged':>14}")
     for name, form in ROWS:
         left, right = (form.format(column) for column in figures)
-        print(f"  {name:32}{left:>14}{right:>14}")
+        print(f"  {name:36}{left:>14}{right:>14}")
     print()
 
 

@@ -26,7 +26,8 @@ class Figures:
         most_at_once: most requests that ran in one step and had not ended.
         live_average, live_fullest: share of the pool that held live tokens, over all steps and at the fullest.
         num_steps, num_computed_tokens, num_recomputed_tokens, num_output_tokens: counts.
-        gather_scratch_bytes: most bytes that gathered copies of K and V took at one moment, modelled.
+        gather_scratch_bytes: most bytes that K and V gathered from blocks took in one layer, modelled (matrix
+            products may make further copies, on both sides).
         block_table_bytes: of the block tables.
         seconds: of serving all requests, loading not included.
     """
@@ -108,7 +109,7 @@ def paged_history(run: PagedRun) -> PoolHistory:
 
 
 def contiguous_figures(engine: ReferenceEngine, run: Run, history: PoolHistory) -> Figures:
-    """The left column. A contiguous row is attended in place: no gather, no block table."""
+    """The left column. Nothing is gathered from blocks, and there is no block table."""
     return Figures(
         kv_bytes=engine.cache.num_bytes,
         most_at_once=max(history.num_running),

@@ -20,7 +20,7 @@ def read_prompts(file: Path | None) -> Sequence[str]:
     if file is None:
         return PROMPTS
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts {file} cannot be read: {error}") from error
     if not lines:

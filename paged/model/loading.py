@@ -17,7 +17,14 @@ from transformers import (
 from transformers.utils import logging
 
 from paged.config import EngineConfig
-from paged.model.support import ModelNotFound, check_backend, check_class, check_layers, longest_sequence
+from paged.model.support import (
+    ModelNotFound,
+    check_backend,
+    check_behaviour,
+    check_class,
+    check_layers,
+    longest_sequence,
+)
 
 TINY = Path(__file__).parent.parent / "tiny"
 
@@ -80,6 +87,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         generation_config = model.generation_config
     check_backend(type(model))
     model = model.to(device).eval()
+    check_behaviour(model)
 
     tokenizer = (
         None if config.skip_tokenizer_init else _load_tokenizer(locate(config.tokenizer or config.model), config)
@@ -132,6 +140,12 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} was asked for and torch sees no GPU; use device='cpu'")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} was asked for and the last GPU is 'cuda:{torch.cuda.device_count() - 1}'")
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers, so nothing can be computed there; use 'cpu' or 'cuda'")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {_first_line(error)}") from error
     return device
 
 
@@ -150,8 +164,8 @@ def _load_config(source: str, config: EngineConfig) -> PretrainedConfig:
         raise ModelNotFound(f"the folder {source!r} has no config.json, so it holds no transformers model")
     try:
         return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"the config of {source!r} could not be loaded: {error}") from error
+    except Exception as error:
+        raise ModelNotFound(f"the config of {source!r} could not be loaded: {_first_line(error)}") from error
 
 
 def _load_weights(
@@ -166,19 +180,28 @@ def _load_weights(
     if quiet:
         logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=hf_config,
             dtype=dtype,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise ModelNotFound(f"the weights of {source!r} could not be loaded: {error}") from error
+    except Exception as error:  # a damaged file may raise anything, from safetensors, json or torch
+        raise ModelNotFound(f"the weights of {source!r} could not be loaded: {_first_line(error)}") from error
     finally:
         if quiet:
             logging.enable_progress_bar()
+    # transformers would go on with random numbers in their place.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelNotFound(
+            f"the weights of {source!r} lack {len(missing)} tensors that {type(model).__name__} needs, the first one "
+            f"{missing[0]!r}; is a file missing, or does config.json belong to another model?"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _load_tokenizer(source: str, config: EngineConfig) -> PreTrainedTokenizerBase:
@@ -186,8 +209,14 @@ def _load_tokenizer(source: str, config: EngineConfig) -> PreTrainedTokenizerBas
         return AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ModelNotFound(
             f"the tokenizer of {source!r} could not be loaded; name another with tokenizer=, or set "
-            f"skip_tokenizer_init=True and give prompts as token ids: {error}"
+            f"skip_tokenizer_init=True and give prompts as token ids: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, with its kind where it says little, without the advice that follows."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

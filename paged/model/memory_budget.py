@@ -79,11 +79,14 @@ def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
     params = SamplingParams(temperature=1, top_k=2, top_p=0.5)
     admissions = tuple(Admission(row, params, seed=0) for row in range(config.max_num_seqs))
 
-    def row(index: int, start: int) -> RowPlan:
-        return RowPlan(str(index), 0, index, start, (0,) * (length - start), table, samples=True)
+    def row(index: int, start: int, end: int) -> RowPlan:
+        return RowPlan(str(index), 0, index, start, (0,) * (end - start), table, samples=True)
 
-    prompts = tuple(row(index, 0) for index in range(min(config.max_num_seqs, budget // length)))
-    decodes = tuple(row(index, length - 1) for index in range(config.max_num_seqs))
+    ends = [min(length, budget - first) for first in range(0, budget, length)][: config.max_num_seqs]
+    prompts = tuple(row(index, 0, end) for index, end in enumerate(ends))
+    decodes = tuple(row(index, length - 1, length) for index in range(config.max_num_seqs))
+    # Rows with a single token come first, as in every Step.
+    prompts = tuple(sorted(prompts, key=lambda row: len(row.token_ids) > 1))
     return Step(prompts, admissions), Step(decodes, admissions)
 
 

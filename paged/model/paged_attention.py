@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from paged.attention import fused, gathered
 from paged.batch import AttentionInputs
 from paged.kv_pool import LayerShape, write
-from paged.model.support import UnsupportedModel
+from paged.model.support import UnsupportedModel, check_windows
 
 PagedAttention = Callable[..., tuple[Tensor, Tensor]]
 
@@ -75,6 +75,7 @@ class AttentionCall:
 
     module: nn.Module
     shape: LayerShape
+    window: int | None
 
 
 def _probe(
@@ -86,8 +87,13 @@ def _probe(
             f"{type(module).__name__} does not hand the model's keyword arguments on to its attention function, so the "
             "block tables would never reach it"
         )
+    if attention_mask is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} hands a mask of its own to the attention function, which would ignore it: "
+            "block tables and lengths decide which keys are seen"
+        )
     shape = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[3], value_dim=value.shape[3])
-    arguments["calls"].append(AttentionCall(module, shape))
+    arguments["calls"].append(AttentionCall(module, shape, arguments.get("sliding_window")))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -111,13 +117,15 @@ def find_attention(model: PreTrainedModel) -> list[AttentionCall]:
         One call for each layer, in the order of the layers.
 
     Raises:
-        UnsupportedModel: some layer does not call the attention function exactly once, or without our arguments.
+        UnsupportedModel: some layer does not call the attention function exactly once, or not with all that decides
+            which keys it sees.
     """
     model.set_attn_implementation(PROBE)
     calls: list[AttentionCall] = []
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model(input_ids=zero, position_ids=zero, use_cache=False, calls=calls)
 
+    check_windows(model.config, [call.window for call in calls])
     num_layers = model.config.get_text_config().num_hidden_layers
     modules = {id(call.module) for call in calls}
     if not len(calls) == len(modules) == num_layers:

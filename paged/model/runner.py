@@ -46,7 +46,11 @@ class ModelRunner:
 
         self._calls = find_attention(self._model)
         shapes = [call.shape for call in self._calls]
-        self._most_bytes_of_a_block = max(bytes_per_block([shape], config.block_size, loaded.dtype) for shape in shapes)
+        # Attention is computed in float32 at least, so that is what gathered copies are made in.
+        gathered_dtype = torch.promote_types(loaded.dtype, torch.float32)
+        self._most_gathered_bytes_of_a_block = max(
+            bytes_per_block([shape], config.block_size, gathered_dtype) for shape in shapes
+        )
         self._model.set_attn_implementation(f"paged_{self.attention_form}")
         if not self._eager:
             self._compile_layers()
@@ -72,7 +76,14 @@ class ModelRunner:
         """Give every attention module a cache of so many blocks; what it had is let go."""
         self.caches: list[tuple[Tensor, Tensor]] = []
         for call in self._calls:
-            cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.dtype, loaded.device)
+            try:
+                cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.dtype, loaded.device)
+            except RuntimeError as error:
+                size = bytes_per_block([c.shape for c in self._calls], loaded.config.block_size, loaded.dtype)
+                raise ValueError(
+                    f"a pool of {num_blocks:,} blocks takes {num_blocks * size:,} bytes, more than {loaded.device} has "
+                    "left; give it fewer (num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization)"
+                ) from error
             call.module.register_buffer("key_cache", cache[0], persistent=False)
             call.module.register_buffer("value_cache", cache[1], persistent=False)
             self.caches.append(cache)
@@ -99,7 +110,7 @@ class ModelRunner:
             copy_blocks(self.caches, [(copy.source, copy.target) for copy in batch.copies])
         if self.attention_form == "gathered":
             blocks = max(group.block_tables.numel() for group in batch.attention.groups)
-            self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_bytes_of_a_block)
+            self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_gathered_bytes_of_a_block)
         tokens: list[int] = sample(self._logits(batch), batch.sampling).tolist()
         return tokens
 

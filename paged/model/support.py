@@ -6,9 +6,10 @@ the same thing for a sequence whoever shares its batch. A model that breaks one 
 write wrong text. So each is refused here, by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -68,6 +69,59 @@ def check_layers(config: PretrainedConfig) -> None:
             f"{config.model_type}: layers of the kinds {', '.join(sorted(kinds))} cannot be paged, only "
             f"{' and '.join(sorted(PAGEABLE_LAYERS))}; recurrent layers keep a state instead of K and V, and chunked "
             "attention is hidden in a mask that the attention function never sees"
+        )
+
+
+@torch.inference_mode()
+def check_behaviour(model: PreTrainedModel) -> None:
+    """Refuse a model that looks at later tokens, or that counts positions in a way of its own.
+
+    Both are asked of the model itself, run as it is: the logits of a token must not change with a token behind it, nor
+    when the positions 0, 1, 2, ... are given instead of left to the model.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    name = type(model).__name__
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 1, 5, 9, 2, 7]], device=model.device)
+    ids = ids % model.config.get_text_config().vocab_size
+    positions = torch.arange(ids.shape[1], device=model.device)[None].expand_as(ids)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    placed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    # Both passes do the same arithmetic, so they differ by a few rounding errors at most; the square root of one is far
+    # above that and far below what another model would make of it.
+    tolerance = torch.finfo(model.dtype).eps ** 0.5 * float(logits.abs().max())
+    if (logits[0, :-1] - logits[1, :-1]).abs().max() > tolerance:
+        raise UnsupportedModel(
+            f"{name}: the logits of a token change with the tokens behind it, so it is no causal LM (an encoder needs "
+            "is_decoder=True in its config)"
+        )
+    if (logits - placed).abs().max() > tolerance:
+        raise UnsupportedModel(f"{name}: its positions are not 0, 1, 2, ..., which is what packed sequences are given")
+
+
+def check_windows(config: PretrainedConfig, windows: Sequence[int | None]) -> None:
+    """Refuse a model that keeps its sliding window in a mask instead of handing it to the attention function.
+
+    Args:
+        config: the model's.
+        windows: what each layer's call said.
+
+    Raises:
+        UnsupportedModel: fewer calls brought a window than layers have one.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        expected = list(kinds).count("sliding_attention")
+    else:
+        windowed = bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)
+        expected = len(windows) if windowed else 0
+    brought = sum(window is not None for window in windows)
+    if brought < expected:
+        raise UnsupportedModel(
+            f"{config.model_type}: {expected} layers have a sliding window and {brought} of them tell the attention "
+            "function; the others keep it in a mask that the attention function never sees"
         )
 
 
