@@ -2,6 +2,7 @@
 
 from paged.blocks.block_pool import NULL_BLOCK, BlockError, BlockPool, OutOfBlocks
 from paged.blocks.block_table import BlockCopy, BlockTable, TableChange, blocks_for
+from paged.blocks.prefix_cache import CachedBlock, PrefixCache
 
 __all__ = [
     "NULL_BLOCK",
@@ -9,7 +10,9 @@ __all__ = [
     "BlockError",
     "BlockPool",
     "BlockTable",
+    "CachedBlock",
     "OutOfBlocks",
+    "PrefixCache",
     "TableChange",
     "blocks_for",
 ]

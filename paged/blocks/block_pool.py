@@ -12,7 +12,12 @@ tensor, nor a token: it hands out integers and counts references, the way an ope
 Two blocks are never handed out. Block 0, the null block, holds zeros and is what every padding entry of a block table
 points at. Block N-1, the trash block, is where padded rows of a batch write, and nobody reads it. So a pool of N
 blocks has N-2 that requests can use, and N times the bytes of a block is exactly what the tensors take.
+
+A block that nobody names any more may still be worth something: the prefix cache can find it again. Such blocks are
+free like the others, but they are handed out last, the one let go first before the rest.
 """
+
+from collections.abc import Callable
 
 NULL_BLOCK = 0
 
@@ -55,6 +60,10 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         # A stack: the block freed last is used next, while its bytes may still be in a cache. Low ids come first.
         self._free = list(range(num_blocks - 2, NULL_BLOCK, -1))
+        # Free blocks that are worth keeping, in the order in which they were let go: a dictionary keeps it, and gives
+        # up any of its keys at once.
+        self._cached: dict[int, None] = {}
+        self._when_evicted: dict[int, Callable[[int], None]] = {}
 
     @property
     def trash_block(self) -> int:
@@ -68,8 +77,13 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that no table names."""
-        return len(self._free)
+        """Blocks that no table names, those worth keeping included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def cached_blocks(self) -> list[int]:
+        """Free blocks that are worth keeping, the next one to be handed out first."""
+        return list(self._cached)
 
     def ref_count(self, block: int) -> int:
         """How many block tables name `block`."""
@@ -81,21 +95,40 @@ class BlockPool:
         Raises:
             OutOfBlocks: fewer than `count` are free; then none is taken.
         """
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks were asked for and {len(self._free)} of {self.num_usable} are free")
-        blocks = [self._free.pop() for _ in range(count)]
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks were asked for and {self.num_free} of {self.num_usable} are free")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._ref_counts[block] = 1
         return blocks
 
     def share(self, block: int) -> None:
-        """Count one more table that names `block`.
+        """Count one more table that names `block`: one that is held, or one that was kept.
 
         Raises:
-            BlockError: the block is free, so whoever names it would read what somebody else writes.
+            BlockError: the block is free and not kept, so whoever names it would read what somebody else writes.
         """
-        self._check_held(block, "shared")
+        if block in self._cached:
+            del self._cached[block]
+        else:
+            self._check_held(block, "shared")
         self._ref_counts[block] += 1
+
+    def keep(self, block: int, when_evicted: Callable[[int], None]) -> None:
+        """Mark a held block as worth keeping; `when_evicted` is called with it once its content is given up.
+
+        Raises:
+            BlockError: the block is free, so its content is nobody's.
+        """
+        self._check_held(block, "kept")
+        self._when_evicted[block] = when_evicted
+
+    def forget(self, block: int) -> None:
+        """Take a mark away: the block's content is no longer worth keeping. Nobody is called."""
+        self._when_evicted.pop(block, None)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
 
     def release(self, block: int) -> bool:
         """Count one table less that names `block`; True if that was the last one and the block is free again.
@@ -107,8 +140,18 @@ class BlockPool:
         self._ref_counts[block] -= 1
         if self._ref_counts[block] > 0:
             return False
-        self._free.append(block)
+        if block in self._when_evicted:
+            self._cached[block] = None
+        else:
+            self._free.append(block)
         return True
+
+    def _evict(self) -> int:
+        """The kept block that was let go first, its content given up."""
+        block = next(iter(self._cached))
+        del self._cached[block]
+        self._when_evicted.pop(block)(block)
+        return block
 
     def _check_held(self, block: int, verb: str) -> None:
         if not 0 < block < self.trash_block:

@@ -12,9 +12,10 @@ anywhere: a table is asked to make room for the positions that are about to be w
 what they need and what it has is what it takes from the pool.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paged.blocks.block_pool import BlockPool, OutOfBlocks
+from paged.blocks.block_pool import NULL_BLOCK, BlockPool, OutOfBlocks
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -97,6 +98,8 @@ class BlockTable:
         Raises:
             OutOfBlocks: the pool has too few free blocks; then nothing has changed.
         """
+        if end <= len(self.blocks) * self.block_size and not self._shared_between(start, end):
+            return TableChange(len(self.blocks), ())  # by far the most frequent case: there is room already
         needed = self.num_blocks_to_write(start, end)
         if needed > self.pool.num_free:
             raise OutOfBlocks(
@@ -114,18 +117,48 @@ class BlockTable:
         self.blocks += self.pool.allocate(max(0, blocks_for(end, self.block_size) - len(self.blocks)))
         return TableChange(first_changed, tuple(self.blocks[first_changed:]), tuple(copies))
 
-    def fork(self) -> "BlockTable":
-        """A second table over the same blocks. Nothing is copied until one of the two writes."""
+    def fork(self, num_tokens: int | None = None) -> "BlockTable":
+        """A second table over the same blocks. Nothing is copied until one of the two writes.
+
+        Args:
+            num_tokens: share only the blocks of so many tokens; None: all.
+        """
         twin = BlockTable(self.pool, self.block_size)
-        for block in self.blocks:
-            self.pool.share(block)
-        twin.blocks = self.blocks.copy()
+        count = len(self.blocks) if num_tokens is None else blocks_for(num_tokens, self.block_size)
+        twin.adopt(self.blocks[:count])
         return twin
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Begin with blocks that hold the sequence's first tokens already; the table has to be empty."""
+        assert not self.blocks, "blocks are adopted before anything is written"
+        for block in blocks:
+            if block != NULL_BLOCK:
+                self.pool.share(block)
+        self.blocks = list(blocks)
+
+    def drop_before(self, position: int) -> int | None:
+        """Let go of the blocks all of whose tokens lie before `position`: a sliding window has left them behind.
+
+        Their entries become the null block.
+
+        Returns:
+            Index of the first entry that changed, or None.
+        """
+        first_changed = None
+        for index in range(min(position // self.block_size, len(self.blocks)) - 1, -1, -1):
+            if self.blocks[index] == NULL_BLOCK:
+                break  # everything before it was dropped earlier
+            self.pool.release(self.blocks[index])
+            self.blocks[index] = NULL_BLOCK
+            first_changed = index
+        return first_changed
 
     def free(self) -> None:
         """Let go of every block, last one first: the end of a sequence is worth less to others than its beginning."""
         while self.blocks:
-            self.pool.release(self.blocks.pop())
+            block = self.blocks.pop()
+            if block != NULL_BLOCK:
+                self.pool.release(block)
 
     def _shared_between(self, start: int, end: int) -> list[int]:
         """Indices of the blocks under positions `start` to `end - 1` that another table names too."""
