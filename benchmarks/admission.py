@@ -44,6 +44,7 @@ def simulate(workload: Workload, spare: int) -> tuple[int, float, float, float]:
         block_size=BLOCK_SIZE,
         max_num_seqs=256,
         max_num_batched_tokens=8192,
+        enable_prefix_caching=False,
         spare_blocks_per_seq=spare,
     )
     lengths = workload.lengths()

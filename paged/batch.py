@@ -26,8 +26,8 @@ from torch import Tensor
 
 from paged.blocks import NULL_BLOCK, BlockCopy, blocks_for
 from paged.sampling.sampler import SamplingInputs
-from paged.sampling_params import GREEDY_BELOW
 from paged.step import Step
+from paged.wishes import Wishes
 
 
 class AttentionGroup(NamedTuple):
@@ -68,8 +68,13 @@ class Batch:
     Attributes:
         token_ids, positions: [T] int64.
         attention: what the attention layers get.
-        sampled: [S] int64, the tokens of the batch whose logits are sampled from.
+        sampled: [S] int64, the tokens of the batch whose logits are sampled from; a token may occur more than once.
+        sampled_rows: [S] int64, the persistent rows that get what is sampled.
         sampling: what the sampler gets.
+        prompt_tokens: [Q] int64, tokens of the batch whose logits give the log probability of the prompt's next token.
+        prompt_targets: [Q] int64, those next tokens.
+        num_logprobs, num_prompt_logprobs: most likely tokens that some row wants beside a sampled token, or beside a
+            token of its prompt; None if none wants any.
         copies: blocks to copy before the pass.
     """
 
@@ -77,7 +82,12 @@ class Batch:
     positions: Tensor
     attention: AttentionInputs
     sampled: Tensor
+    sampled_rows: Tensor
     sampling: SamplingInputs
+    prompt_tokens: Tensor
+    prompt_targets: Tensor
+    num_logprobs: int | None
+    num_prompt_logprobs: int | None
     copies: tuple[BlockCopy, ...]
 
 
@@ -95,10 +105,10 @@ class BatchBuilder:
     Example: a prompt of three tokens in blocks of two, the second block of the pool first.
         >>> from paged.blocks import TableChange
         >>> from paged.sampling_params import SamplingParams
-        >>> from paged.step import Admission, RowPlan
+        >>> from paged.step import Admission, RowPlan, Sample
         >>> builder = BatchBuilder(max_num_seqs=1, max_model_len=8, block_size=2, vocab_size=10, device="cpu")
         >>> table = TableChange(first_index=0, blocks=(2, 1))
-        >>> row = RowPlan("a", 0, row=0, start=0, token_ids=(7, 8, 9), table_change=table, samples=True)
+        >>> row = RowPlan("a", 0, row=0, start=0, token_ids=(7, 8, 9), table_change=table, samples=(Sample(0),))
         >>> batch = builder.build(Step(rows=(row,), admissions=(Admission(0, SamplingParams(), seed=0),)))
         >>> batch.attention.slot_mapping
         tensor([4, 5, 2])
@@ -117,14 +127,10 @@ class BatchBuilder:
         prompts_apart: bool = False,
     ) -> None:
         self._block_size = block_size
-        self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._prompts_apart = prompts_apart
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
-        self._temperature = np.zeros(max_num_seqs, np.float32)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.zeros(max_num_seqs, np.float32)
-        self._seeds = np.zeros(max_num_seqs, np.int64)
+        self._wishes = Wishes(max_num_seqs, vocab_size, self._device)
 
     @property
     def block_table_bytes(self) -> int:
@@ -150,26 +156,40 @@ class BatchBuilder:
             self._group(rows[i:j], starts[i:j] + lengths[i:j], first_tokens[i : j + 1])
             for i, j in itertools.pairwise(borders)
         )
-        samples = np.array([row.samples for row in step.rows])
         token_ids = np.array([token for row in step.rows for token in row.token_ids])
+        samples = [sample for row in step.rows for sample in row.samples]
+        num_samples = np.array([len(row.samples) for row in step.rows])
+        sampled_rows = np.array([sample.row for sample in samples], np.int64)
+        prompt_tokens = [np.arange(len(row.prompt_targets)) + first_tokens[i] for i, row in enumerate(step.rows)]
+        prompt_targets = [target for row in step.rows for target in row.prompt_targets]
         return Batch(
             token_ids=self._tensor(token_ids),
             positions=self._tensor(positions),
             attention=AttentionInputs(self._tensor(slots), groups),
-            sampled=self._tensor(first_tokens[1:][samples] - 1),
-            sampling=self._sampling(rows[samples], (starts + lengths)[samples]),
+            sampled=self._tensor(np.repeat(first_tokens[1:] - 1, num_samples)),
+            sampled_rows=self._tensor(sampled_rows),
+            sampling=self._wishes.inputs(samples, np.repeat(starts + lengths, num_samples)),
+            prompt_tokens=self._tensor(np.concatenate(prompt_tokens)),
+            prompt_targets=self._tensor(np.array(prompt_targets, np.int64)),
+            num_logprobs=self._wishes.num_logprobs([sample.row for sample in samples]),
+            num_prompt_logprobs=self._wishes.num_prompt_logprobs([row.row for row in step.rows if row.prompt_targets]),
             copies=step.copies,
         )
+
+    def count(self, batch: Batch, token_ids: Tensor) -> None:
+        """Note what was sampled, for the penalties of later steps; nothing waits for it.
+
+        Args:
+            batch: the batch that ran.
+            token_ids: [S] int64.
+        """
+        self._wishes.count(batch.sampled_rows, token_ids)
 
     def _replay(self, step: Step) -> None:
         """Bring the persistent rows up to date."""
         for admission in step.admissions:
-            params, row = admission.sampling_params, admission.row
-            self._block_tables[row] = NULL_BLOCK
-            self._temperature[row] = params.temperature
-            self._top_k[row] = min(params.top_k, self._vocab_size) if params.top_k > 0 else self._vocab_size
-            self._top_p[row] = params.top_p
-            self._seeds[row] = admission.seed
+            self._block_tables[admission.row] = NULL_BLOCK
+            self._wishes.admit(admission)
         for plan in step.rows:
             change = plan.table_change
             if change.blocks:
@@ -186,18 +206,6 @@ class BatchBuilder:
             block_tables=self._tensor(self._block_tables[rows, :width]),
             seq_lens=self._tensor(seq_lens.astype(np.int32)),
             query_start_loc=self._tensor((first_tokens - first_tokens[0]).astype(np.int32)),
-        )
-
-    def _sampling(self, rows: np.ndarray, positions: np.ndarray) -> SamplingInputs:
-        temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
-        return SamplingInputs(
-            temperature=self._tensor(temperature),
-            top_k=self._tensor(top_k),
-            top_p=self._tensor(top_p),
-            seeds=self._tensor(self._seeds[rows]),
-            positions=self._tensor(positions),
-            all_greedy=bool((temperature < GREEDY_BELOW).all()),
-            any_truncated=bool((top_k < self._vocab_size).any() or (top_p < 1).any()),
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_FORMS = ("auto", "gathered", "fused")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 GENERATION_CONFIGS = ("auto", "vllm")
 
 # Without a limit of its own, a step takes this many tokens, or one whole sequence if that is more.
@@ -35,7 +36,12 @@ class EngineConfig:
         kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
         gpu_memory_utilization: share of the GPU's memory that weights, workspace and pool may take together.
         max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step; None takes 4096, or max_model_len if that is more.
+        max_num_batched_tokens: most tokens in one step; None takes 4096, or what other settings need if that is more.
+        enable_chunked_prefill: compute a prompt that does not fit one step in several.
+        long_prefill_token_threshold: most tokens of one prompt in one step; 0 for no such limit.
+        enable_prefix_caching: share the blocks of prompts that begin alike, also with earlier ones.
+        scheduling_policy: "fcfs" (first come, first served) or "priority" (lower first, then order of arrival).
+        max_logprobs: most log probabilities that a request may want for each token; -1 for no such limit.
         spare_blocks_per_seq: free blocks that stay for each running sequence when another is admitted (not in vLLM).
         enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
         attention_form: "gathered", "fused", or "auto": gathered when eager, fused when compiled.
@@ -66,6 +72,11 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    max_logprobs: int = 20
     spare_blocks_per_seq: int = 1
     enforce_eager: bool | None = None
     attention_form: str = "auto"
@@ -76,9 +87,11 @@ class EngineConfig:
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
-        if not isinstance(self.spare_blocks_per_seq, int) or self.spare_blocks_per_seq < 0:
-            raise ValueError(f"spare_blocks_per_seq must be an integer >= 0, got {self.spare_blocks_per_seq!r}")
-        for name in ("skip_tokenizer_init", "trust_remote_code"):
+        for name, least in (("spare_blocks_per_seq", 0), ("long_prefill_token_threshold", 0), ("max_logprobs", -1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        for name in ("skip_tokenizer_init", "trust_remote_code", "enable_chunked_prefill", "enable_prefix_caching"):
             self._check_choice(name, (True, False))
         self._check_choice("enforce_eager", (True, False, None))
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
@@ -92,6 +105,7 @@ class EngineConfig:
             raise ValueError(f"model must be 'tiny', a folder or a hub name, got {self.model!r}")
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
+        self._check_choice("scheduling_policy", SCHEDULING_POLICIES)
         self._check_choice("attention_form", ATTENTION_FORMS)
         self._check_choice("generation_config", GENERATION_CONFIGS)
 
@@ -129,11 +143,12 @@ class EngineConfig:
             raise ValueError(f"max_model_len={length} is longer than the {longest} tokens that the model allows")
         batched = self.max_num_batched_tokens
         if batched is None:
-            batched = max(DEFAULT_BATCHED_TOKENS, length, self.max_num_seqs)
-        if batched < length:
+            batched = max(DEFAULT_BATCHED_TOKENS, self.max_num_seqs, 0 if self.enable_chunked_prefill else length)
+        if batched < length and not self.enable_chunked_prefill:
             raise ValueError(
-                f"max_num_batched_tokens={batched} is less than max_model_len={length}: a prompt is computed in one "
-                "step, so the step has to hold the longest; raise the one or lower the other"
+                f"max_num_batched_tokens={batched} is less than max_model_len={length}: without chunked prefill a "
+                "prompt is computed in one step, so the step has to hold the longest; raise the one, lower the other, "
+                "or set enable_chunked_prefill=True"
             )
         if batched < self.max_num_seqs:
             raise ValueError(

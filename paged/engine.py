@@ -3,23 +3,28 @@
     add_request ->  schedule -> run -> update -> outputs  -> ...   one `step` at a time, until nobody is left
 
 The scheduler decides in integers, the runner computes with tensors, and this file only carries one's results to the
-other, detokenizes, and looks for stop strings.
+other, and looks for stop strings in what comes out. A step that fails ends the requests in it, and nobody else's.
 """
 
 import hashlib
+import logging
 import operator
 import reprlib
 from collections.abc import Iterable
 from typing import SupportsIndex
 
+from paged.answers import Answers
 from paged.config import EngineConfig
 from paged.memory.events import StepEvent, take_event
 from paged.model import ModelRunner, load_model
-from paged.outputs import CompletionOutput, RequestOutput
+from paged.model.runner import StepResult
+from paged.outputs import RequestOutput
 from paged.request import FinishReason, Request, Sequence
-from paged.sampling import Detokenizer
-from paged.sampling_params import SamplingParams
+from paged.sampling_params import RequestOutputKind, SamplingParams
 from paged.scheduler import Scheduler
+from paged.step import Step
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -58,10 +63,15 @@ class Engine:
             block_size=self.config.block_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            enable_chunked_prefill=self.config.enable_chunked_prefill,
+            long_prefill_token_threshold=self.config.long_prefill_token_threshold,
+            policy=self.config.scheduling_policy,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            sliding_window=self.runner.sliding_window,
             spare_blocks_per_seq=self.config.spare_blocks_per_seq,
         )
         self.events: list[StepEvent] | None = None
-        self._detokenizers: dict[str, Detokenizer] = {}
+        self._answers: dict[str, Answers] = {}
         self._num_arrivals = 0
 
     @property
@@ -75,7 +85,13 @@ class Engine:
         return self.events
 
     def add_request(
-        self, request_id: str, prompt: str | Iterable[SupportsIndex], sampling_params: SamplingParams | None = None
+        self,
+        request_id: str,
+        prompt: str | Iterable[SupportsIndex],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         """Queue a request.
 
@@ -83,6 +99,8 @@ class Engine:
             request_id: a name that no unfinished request has.
             prompt: a text, or token ids.
             sampling_params: its wishes; None for the defaults.
+            priority: lower is served first, with `scheduling_policy="priority"`.
+            cache_salt: share cached blocks only with requests of the same salt.
 
         Raises:
             ValueError: the prompt is empty, too long, or holds an unknown token; the wishes do not fit the model; or
@@ -92,6 +110,9 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"request {request_id!r} brings {params!r} where SamplingParams are wanted")
         token_ids = self._tokenize(request_id, prompt)
+        if params.truncate_prompt_tokens is not None:
+            most = params.truncate_prompt_tokens
+            token_ids = token_ids[-(self.max_model_len - 1 if most == -1 else most) :]
         self._check(request_id, token_ids, params)
         room = self.max_model_len - len(token_ids)
         request = Request(
@@ -102,30 +123,55 @@ class Engine:
             seed=self._seed(params),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             eos_token_ids=self._eos_token_ids,
+            bad_words=self._bad_words(params),
+            priority=priority,
+            cache_salt=cache_salt,
             prompt=prompt if isinstance(prompt, str) else None,
         )
         self.scheduler.add(request)
         self._num_arrivals += 1
-        if self.tokenizer is not None:
-            self._detokenizers[request_id] = Detokenizer(self.tokenizer, request.prompt_token_ids, params.stop_strings)
+        self._answers[request_id] = Answers(request, self.tokenizer)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request and free its blocks. None if no such request is unfinished."""
         request = self.scheduler.abort(request_id)
         return None if request is None else self._output(request)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached block; False if nothing was done, because a request is running."""
+        return self.scheduler.reset_prefix_cache()
+
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the requests that got a token, with all their tokens so far."""
+        """Run one step.
+
+        Returns:
+            The requests that got a token, as their `output_kind` wants it. If the model or the sampler fails, the
+            requests of the step, ended with the reason "error".
+        """
         step = self.scheduler.schedule()
         if step is None:
             return []
         if self.events is not None:
             self.events.append(take_event(step, self.scheduler))
-        token_ids = self.runner.run(step)
-        grown = self.scheduler.update(step, token_ids)
-        for request, sequence in grown:
-            self._detokenize(request, sequence)
-        return [self._output(request) for request, _ in grown]
+        try:
+            result = self.runner.run(step)
+        except Exception:
+            logger.exception("a step of %d tokens failed; its requests end with an error", step.num_tokens)
+            failed = [self.scheduler.abort(name, FinishReason.ERROR) for name in {row.request_id for row in step.rows}]
+            return [self._output(request) for request in failed if request is not None]
+        self._take_prompt_logprobs(step, result)
+        grown: dict[str, Request] = {}
+        for i, owner in enumerate(self.scheduler.update(step, result.token_ids)):
+            if owner is not None:
+                request, sequence = owner
+                grown[request.request_id] = request
+                if result.token_ids[i] is not None:
+                    self._append(request, sequence, result, i)
+        return [
+            self._output(request)
+            for request in grown.values()
+            if request.is_finished or request.sampling_params.output_kind is not RequestOutputKind.FINAL_ONLY
+        ]
 
     def default_sampling_params(self) -> SamplingParams:
         """The wishes of a request that brings none: the checkpoint's, or neutral with `generation_config="vllm"`."""
@@ -157,7 +203,8 @@ class Engine:
         """Refuse a prompt or wishes that the model cannot serve."""
         if not token_ids:
             raise ValueError(f"request {request_id!r} has an empty prompt; give at least one token")
-        for token in (*token_ids, *(params.stop_token_ids or ())):
+        named = (*(params.stop_token_ids or ()), *(params.logit_bias or ()), *(params.allowed_token_ids or ()))
+        for token in (*token_ids, *named):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"request {request_id!r} holds token id {token!r}, and the model has ids 0 to {self.vocab_size - 1}"
@@ -167,56 +214,61 @@ class Engine:
                 f"request {request_id!r} has a prompt of {len(token_ids)} tokens, which leaves no room for output in "
                 f"max_model_len={self.max_model_len}; shorten it to at most {self.max_model_len - 1}"
             )
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError(
-                f"request {request_id!r} has stop strings and the engine has no tokenizer to find them with"
-            )
+        for name in ("stop_strings", "bad_words"):
+            if getattr(params, name) and self.tokenizer is None:
+                raise ValueError(
+                    f"request {request_id!r} has {name.replace('_', ' ')} and the engine has no tokenizer to find them "
+                    "with"
+                )
+        most = self.config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if wanted is not None and most != -1 and (wanted == -1 or wanted > most):
+                raise ValueError(
+                    f"request {request_id!r} wants {name}={wanted} and the engine gives at most max_logprobs={most}; "
+                    "raise that, or set it to -1 for no limit"
+                )
 
     def _seed(self, params: SamplingParams) -> int:
         """A request's own seed, or one drawn from the engine's seed and the number of its arrival."""
-        if params.seed is not None and params.seed != -1:
+        if params.seed is not None:
             return params.seed
         return _mixed(self.config.seed, self._num_arrivals)
 
-    def _detokenize(self, request: Request, sequence: Sequence) -> None:
-        """Bring the text up to date with the sequence's last token, and end the sequence at a stop string."""
-        detokenizer = self._detokenizers.get(request.request_id)
-        if detokenizer is None:
+    def _append(self, request: Request, sequence: Sequence, result: StepResult, index: int) -> None:
+        """Take in a sampled token, and end its sequence if its text now holds a stop string."""
+        logprobs = None if result.logprobs is None else result.logprobs[index]
+        stop = self._answers[request.request_id].append(sequence, logprobs)
+        if stop is None:
             return
-        ended_by_token = sequence.finish_reason is FinishReason.STOP
-        if not ended_by_token:  # a token that ends the output is no part of its text
-            detokenizer.append(sequence.token_ids[-1])
         if sequence.is_finished:
-            detokenizer.finish()
-        if detokenizer.stop_string is not None:
-            sequence.stop_reason = detokenizer.stop_string
-            if sequence.is_finished:
-                sequence.finish_reason = FinishReason.STOP
-            else:
-                self.scheduler.finish(request, FinishReason.STOP, detokenizer.stop_string)
+            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stop
+        else:
+            self.scheduler.finish(request, FinishReason.STOP, stop, only=sequence)
+
+    def _take_prompt_logprobs(self, step: Step, result: StepResult) -> None:
+        first = 0
+        for row in step.rows:
+            if row.prompt_targets:
+                last = first + len(row.prompt_targets)
+                self._answers[row.request_id].add_prompt_logprobs(row.start + 1, result.prompt_logprobs[first:last])
+                first = last
+
+    def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
+        """Bad words as tokens, each as it is written at the start of a text and, if that differs, behind a space."""
+        words = []
+        for word in params.bad_words or ():
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[misc]
+                if tokens not in words:
+                    words.append(tokens)
+        return words
 
     def _output(self, request: Request) -> RequestOutput:
-        detokenizer = self._detokenizers.get(request.request_id)
+        answers = self._answers[request.request_id]
         if request.is_finished:
-            self._detokenizers.pop(request.request_id, None)
-        completions = tuple(
-            CompletionOutput(
-                index=sequence.index,
-                text="" if detokenizer is None else detokenizer.text,
-                token_ids=tuple(sequence.output_token_ids),
-                finish_reason=None if sequence.finish_reason is None else sequence.finish_reason.value,
-                stop_reason=sequence.stop_reason,
-            )
-            for sequence in request.sequences
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=completions,
-            finished=request.is_finished,
-            num_preemptions=request.num_preemptions,
-        )
+            del self._answers[request.request_id]
+        return answers.output()
 
 
 def _token_id(token: SupportsIndex) -> int:

@@ -1,6 +1,7 @@
 """LLM: the face a user sees, with vLLM's names."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from paged.config import EngineConfig
 from paged.engine import Engine
 from paged.outputs import RequestOutput
-from paged.sampling_params import SamplingParams
+from paged.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 
@@ -75,7 +76,8 @@ class LLM:
             for prompt, params in zip(prompt_list, params_list, strict=True):
                 request_id = str(self._num_requests)
                 self._num_requests += 1
-                self.engine.add_request(request_id, _content(prompt), params)
+                final = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+                self.engine.add_request(request_id, _content(prompt), final)
                 request_ids.append(request_id)
             self._run(finished, len(request_ids), use_tqdm)
         finally:

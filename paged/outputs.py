@@ -4,6 +4,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely the model found a token, before any sampling wish.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        rank: 1 for the most likely token of the vocabulary.
+        decoded_token: its text, None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One sequence's answer so far.
 
@@ -11,13 +26,18 @@ class CompletionOutput:
         index: which of the request's samples it is.
         text: the detokenized output; without the stop string that ended it, and empty without a tokenizer.
         token_ids: the sampled tokens, a stop token included.
-        finish_reason: "stop", "length", "abort", or None while it grows.
+        cumulative_logprob: sum of the sampled tokens' log probabilities, None unless they were wanted.
+        logprobs: for each sampled token, the most likely ones and itself; None unless they were wanted.
+        finish_reason: "stop", "length", "abort", "error" (the step failed, or the logits were no numbers), or None
+            while it grows.
         stop_reason: the stop string or the stop token id that ended it; None for an end-of-sequence token.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -32,6 +52,8 @@ class RequestOutput:
         prompt_token_ids: its tokens.
         outputs: one answer for each sample.
         finished: whether all of them have ended.
+        prompt_logprobs: for each token of the prompt but the first, which has None; None unless they were wanted.
+        num_cached_tokens: tokens of the prompt whose blocks were found in the prefix cache.
         num_preemptions: how often the request lost its blocks and was computed again.
     """
 
@@ -40,4 +62,6 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     finished: bool
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    num_cached_tokens: int = 0
     num_preemptions: int = 0

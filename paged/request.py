@@ -17,7 +17,7 @@ prompt, a decode and the recomputation after a preemption are one thing, and no 
 import enum
 from collections.abc import Sequence as SequenceOf
 
-from paged.blocks import BlockTable
+from paged.blocks import BlockTable, CachedBlock
 from paged.sampling_params import SamplingParams
 
 
@@ -27,6 +27,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 class Sequence:
@@ -39,7 +40,9 @@ class Sequence:
         num_computed_tokens: how many of them have their K and V in the pool.
         num_discarded_tokens: how many had them there before the last preemption: what has to be computed again.
         block_table: where the K and V are; empty while the sequence waits.
+        chain: the first blocks of the table, as far as the prefix cache knows them.
         row: its place in the batch's persistent tensors, from admission until it is preempted or ends.
+        num_told_blocks: entries of the table that the batch has been told of.
         finish_reason, stop_reason: set when it ends; `stop_reason` is the stop string or the stop token id.
     """
 
@@ -50,7 +53,9 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_discarded_tokens = 0
         self.block_table = block_table
+        self.chain: list[CachedBlock] = []
         self.row: int | None = None
+        self.num_told_blocks = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
 
@@ -78,19 +83,27 @@ class Sequence:
 class Request:
     """A prompt, its wishes, and the sequences that answer it.
 
+    The n sequences of a request share the K and V of its prompt. The first one, the leader, computes it while the
+    others wait; then they fork its block table, and each goes on alone.
+
     Args:
         request_id: the caller's name for it.
         prompt_token_ids: at least one token.
         sampling_params: the wishes.
-        block_table: an empty one, for the first sequence.
+        block_table: an empty one, for the first sequence; the others get empty twins.
         seed: what the sampling noise is keyed by: sequence `i` uses `seed + i`.
         max_tokens: most tokens to generate, already cut to what max_model_len leaves.
         eos_token_ids: the model's end-of-sequence tokens.
+        bad_words: token sequences that must not be generated.
+        priority: lower is served first, where the scheduler goes by it.
+        cache_salt: its blocks are shared only with requests of the same salt.
         prompt: the text the tokens came from, if they came from text.
 
     Attributes:
         sequences: one for each sample.
+        arrival: its number among all requests, given by the scheduler.
         num_preemptions: how often its blocks were taken away.
+        num_cached_tokens: prompt tokens that were found computed when it was first admitted; None before.
 
     Example:
         >>> from paged.blocks import BlockPool
@@ -111,6 +124,9 @@ class Request:
         seed: int,
         max_tokens: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        bad_words: SequenceOf[tuple[int, ...]] = (),
+        priority: int = 0,
+        cache_salt: str | None = None,
         prompt: str | None = None,
     ) -> None:
         self.request_id = request_id
@@ -121,8 +137,15 @@ class Request:
         self.max_tokens = max_tokens
         self.eos_token_ids = frozenset() if sampling_params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(sampling_params.stop_token_ids or ())
-        self.sequences = [Sequence(0, self.prompt_token_ids, block_table)]
+        self.bad_words = tuple(bad_words)
+        self.priority = priority
+        self.cache_salt = cache_salt
+        tables = [block_table, *(block_table.fork() for _ in range(1, sampling_params.n))]
+        self.sequences = [Sequence(i, self.prompt_token_ids, table) for i, table in enumerate(tables)]
+        self.arrival = 0
         self.num_preemptions = 0
+        self.num_cached_tokens: int | None = None
+        self._may_ban = bool(self.bad_words) or sampling_params.min_tokens > 0
 
     @property
     def is_finished(self) -> bool:
@@ -131,8 +154,26 @@ class Request:
 
     @property
     def unfinished(self) -> list[Sequence]:
-        """The sequences that still grow."""
-        return [sequence for sequence in self.sequences if not sequence.is_finished]
+        """The sequences that still grow; the first one is the leader."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def followers(self) -> list[Sequence]:
+        """The sequences that wait for the leader to compute the prompt."""
+        return [sequence for sequence in self.unfinished[1:] if sequence.num_computed_tokens == 0]
+
+    def banned_token_ids(self, sequence: Sequence) -> tuple[int, ...]:
+        """Tokens that `sequence` must not get next: what would end it too early, and the ends of bad words."""
+        if not self._may_ban:
+            return ()
+        banned: set[int] = set()
+        if sequence.num_output_tokens < self.sampling_params.min_tokens:
+            banned |= self.eos_token_ids | self.stop_token_ids
+        output = sequence.output_token_ids
+        for *beginning, last in self.bad_words:
+            if output[len(output) - len(beginning) :] == beginning:
+                banned.add(last)
+        return tuple(sorted(banned))
 
     def stop_if_done(self, sequence: Sequence) -> None:
         """End `sequence` if its last token asks for it. End of sequence first, then stop tokens, then length."""

@@ -10,6 +10,7 @@ persistent row per sequence, and a decode step of 256 sequences then touches a f
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from paged.blocks import BlockCopy, TableChange
 from paged.sampling_params import SamplingParams
@@ -17,11 +18,33 @@ from paged.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A row that was handed to a sequence before this step: what the batch has to know of it once."""
+    """A row that was handed to a sequence before this step: what the batch has to know of it once.
+
+    Attributes:
+        row: the row.
+        sampling_params, seed: how its tokens are chosen.
+        prompt_token_ids: the prompt.
+        output_token_ids: what was sampled before, if the sequence was preempted.
+    """
 
     row: int
     sampling_params: SamplingParams
     seed: int
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+
+
+class Sample(NamedTuple):
+    """A token to sample from the logits of a row's last token.
+
+    Attributes:
+        row: the row whose sequence gets it, and whose wishes count. It is the row that computes, and also the rows of
+            the other samples of a request when its prompt is done: they all begin from the same logits.
+        banned_token_ids: tokens that must not be sampled now.
+    """
+
+    row: int
+    banned_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +57,8 @@ class RowPlan:
         start: position of the first token computed, which is the number of tokens computed before.
         token_ids: the tokens computed, at positions `start`, `start + 1`, ...: one for a decode, many for a prompt.
         table_change: what to replay on the row's block table before.
-        samples: whether these tokens reach the end of what is known, so that a new token is sampled after the last.
+        samples: what to sample after the last token; nothing if more of what is known has still to be computed.
+        prompt_targets: the prompt's tokens behind the first computed ones, if their log probabilities are wanted.
     """
 
     request_id: str
@@ -43,7 +67,8 @@ class RowPlan:
     start: int
     token_ids: tuple[int, ...]
     table_change: TableChange
-    samples: bool
+    samples: tuple[Sample, ...] = ()
+    prompt_targets: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -64,8 +89,8 @@ class Step:
 
     Example: sequence "a" decodes its sixth token while the three of prompt "b" are computed beside it.
         >>> nothing = TableChange(first_index=2, blocks=())
-        >>> a = RowPlan("a", 0, row=0, start=5, token_ids=(17,), table_change=nothing, samples=True)
-        >>> b = RowPlan("b", 0, row=1, start=0, token_ids=(3, 4, 5), table_change=TableChange(0, (8,)), samples=True)
+        >>> a = RowPlan("a", 0, row=0, start=5, token_ids=(17,), table_change=nothing, samples=(Sample(0),))
+        >>> b = RowPlan("b", 0, 1, 0, (3, 4, 5), table_change=TableChange(0, (8,)), samples=(Sample(1),))
         >>> step = Step(rows=(a, b), admissions=(Admission(1, SamplingParams(), seed=0),))
         >>> step.num_tokens, step.num_single
         (4, 1)

@@ -45,19 +45,28 @@ class TaggedMemory:
         self._children: dict[tuple[int, int], int] = {}
         self._tokens: list[tuple[int, int]] = [(-1, 0)]  # of each prefix: its last token and that token's position
 
-    def write(self, name: str, block_table: Sequence[int], tokens: Sequence[int], start: int, end: int) -> None:
+    def write(
+        self,
+        name: str,
+        block_table: Sequence[int],
+        tokens: Sequence[int],
+        start: int,
+        end: int,
+        first_visible: int = 0,
+    ) -> None:
         """Write positions `start` to `end - 1` of a sequence through its block table.
 
         Args:
             name: the sequence, for messages.
             block_table: logical block -> physical block.
             tokens: all tokens of the sequence, at least `end`.
+            first_visible: positions before it are not read, since a sliding window has left them behind.
 
         Raises:
             WrongWrite: into the null block or outside the pool.
             WrongRead: the positions before `start`, which the new tokens attend to, do not hold this sequence.
         """
-        prefix = self._check(name, block_table, tokens[:start])
+        prefix = self._check(name, block_table, tokens[:start], first_visible)
         for position in range(start, end):
             prefix = self._longer(prefix, tokens[position], position)
             slot = self._slot(name, block_table, position)
@@ -68,13 +77,13 @@ class TaggedMemory:
                 )
             self._slots[slot], self._writers[slot] = prefix, name
 
-    def read(self, name: str, block_table: Sequence[int], tokens: Sequence[int]) -> None:
-        """Read all positions of `tokens` as an attention would.
+    def read(self, name: str, block_table: Sequence[int], tokens: Sequence[int], first_visible: int = 0) -> None:
+        """Read the positions of `tokens` from `first_visible` on, as an attention would.
 
         Raises:
             WrongRead: a slot holds something else.
         """
-        self._check(name, block_table, tokens)
+        self._check(name, block_table, tokens, first_visible)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a whole block, whatever it holds."""
@@ -87,11 +96,13 @@ class TaggedMemory:
         first = block * self.block_size
         self._slots[first : first + self.block_size] = [None] * self.block_size
 
-    def _check(self, name: str, block_table: Sequence[int], tokens: Sequence[int]) -> int:
+    def _check(self, name: str, block_table: Sequence[int], tokens: Sequence[int], first_visible: int) -> int:
         """The prefix of `tokens`, after comparing every slot on the way."""
         prefix = EMPTY_PREFIX
         for position, token in enumerate(tokens):
             prefix = self._longer(prefix, token, position)
+            if position < first_visible:
+                continue
             slot = self._slot(name, block_table, position)
             if self._slots[slot] != prefix:
                 raise WrongRead(self._describe(name, position, token, slot))

@@ -17,19 +17,19 @@ from reference.tagged_memory import TaggedMemory
 VOCAB = 50
 
 
-def next_token(prefix: list[int]) -> int:
-    """A stand-in for a model: some function of all tokens."""
-    state = len(prefix)
+def next_token(prefix: list[int], index: int = 0) -> int:
+    """A stand-in for a model and its noise: some function of all tokens and of which sample it is."""
+    state = len(prefix) + 17 * index
     for token in prefix:
         state = (state * 31 + token + 7) % 1_000_003
     return state % VOCAB
 
 
-def alone(prompt: list[int], max_tokens: int, eos: int | None) -> list[int]:
-    """The tokens of one request with nothing beside it."""
+def alone(prompt: list[int], max_tokens: int, eos: int | None, index: int = 0) -> list[int]:
+    """The tokens of one sample with nothing beside it."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < max_tokens:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, index))
         if tokens[-1] == eos:
             break
     return tokens[len(prompt) :]
@@ -43,6 +43,9 @@ class Wanted:
     max_tokens: int
     arrives: int = 0
     aborted: int | None = None
+    n: int = 1
+    priority: int = 0
+    salt: str | None = None
 
 
 @dataclass
@@ -52,16 +55,18 @@ class Simulation:
     scheduler: Scheduler
     wanted: list[Wanted]
     eos: int | None = None
-    outputs: dict[str, list[int]] = field(default_factory=dict)
-    aborted: dict[str, list[int]] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    aborted: set[str] = field(default_factory=set)
     num_steps: int = 0
 
     def run(self) -> "Simulation":
         scheduler = self.scheduler
         self.memory = TaggedMemory(scheduler.pool.num_blocks, scheduler.block_size)
         self.tables: dict[int, list[int]] = {}
+        self.indices: dict[int, int] = {}  # row -> which sample of its request it holds
         self.requests: dict[str, Request] = {}
-        limit = 50 + 4 * sum(w.arrives + len(w.prompt) + w.max_tokens for w in self.wanted) * len(self.wanted)
+        work = sum(w.arrives + len(w.prompt) + w.n * w.max_tokens for w in self.wanted)
+        limit = 50 + 4 * work * len(self.wanted)
         last_arrival = max((w.arrives for w in self.wanted), default=0)
         while scheduler.has_unfinished or self.num_steps <= last_arrival:
             self._arrivals_and_aborts()
@@ -70,9 +75,11 @@ class Simulation:
                 assert step.rows, "a step that computes nothing: the queue would never move"
                 self._check_step(step)
                 sampled = self._execute(step)
-                for request, sequence in scheduler.update(step, sampled):
+                for owner in scheduler.update(step, sampled):
+                    assert owner is not None, "nobody aborts while a step runs here"
+                    request, sequence = owner
                     if sequence.is_finished:
-                        self.outputs[request.request_id] = sequence.output_token_ids
+                        self.outputs[request.request_id, sequence.index] = sequence.output_token_ids
             self._check_bookkeeping()
             self.num_steps += 1
             assert self.num_steps < limit, "somebody starves"
@@ -81,12 +88,13 @@ class Simulation:
     def check_outputs(self) -> None:
         """Every request ended, with the tokens it would have had alone."""
         for i, wanted in enumerate(self.wanted):
-            expected = alone(wanted.prompt, wanted.max_tokens, self.eos)
-            if str(i) in self.aborted:
-                got = self.aborted[str(i)]
-                assert got == expected[: len(got)], "an aborted request had wrong tokens"
-            else:
-                assert self.outputs[str(i)] == expected, f"request {i}"
+            for index in range(wanted.n):
+                expected = alone(wanted.prompt, wanted.max_tokens, self.eos, index)
+                got = self.requests[str(i)].sequences[index].output_token_ids
+                if str(i) in self.aborted:
+                    assert got == expected[: len(got)], "an aborted request had wrong tokens"
+                else:
+                    assert self.outputs[str(i), index] == got == expected, f"request {i}, sample {index}"
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable, "a block leaked"
 
     def _arrivals_and_aborts(self) -> None:
@@ -95,20 +103,22 @@ class Simulation:
                 request = Request(
                     str(i),
                     wanted.prompt,
-                    SamplingParams(max_tokens=wanted.max_tokens),
+                    SamplingParams(max_tokens=wanted.max_tokens, n=wanted.n),
                     block_table=self.scheduler.new_block_table(),
-                    seed=i,
+                    seed=0,  # sample i has seed + i, which tells the stand-in model which one it is
                     max_tokens=wanted.max_tokens,
                     eos_token_ids=frozenset() if self.eos is None else frozenset([self.eos]),
+                    priority=wanted.priority,
+                    cache_salt=wanted.salt,
                 )
                 self.requests[str(i)] = request
                 self.scheduler.add(request)
             if wanted.aborted is not None and self.num_steps == wanted.arrives + wanted.aborted:
                 request = self.scheduler.abort(str(i))
                 if request is not None:
-                    (sequence,) = request.sequences
-                    assert sequence.finish_reason is FinishReason.ABORT
-                    self.aborted[str(i)] = sequence.output_token_ids
+                    assert request.is_finished
+                    assert FinishReason.ABORT in {sequence.finish_reason for sequence in request.sequences}
+                    self.aborted.add(str(i))
 
     def _check_step(self, step: Step) -> None:
         """What every Step promises."""
@@ -127,6 +137,7 @@ class Simulation:
             self.memory.copy_block(copy.source, copy.target)
         for admission in step.admissions:
             self.tables[admission.row] = []
+            self.indices[admission.row] = admission.seed
         sampled = []
         for row in step.rows:
             table = self.tables[row.row]
@@ -136,36 +147,43 @@ class Simulation:
             sequence = self.requests[row.request_id].sequences[row.index]
             assert table == sequence.block_table.blocks, "the replayed table is not the sequence's"
             known = sequence.token_ids[: row.start] + list(row.token_ids)
-            self.memory.write(row.request_id, table, known, row.start, row.end)
+            first = self._first_visible(row.start)
+            self.memory.write(row.request_id, table, known, row.start, row.end, first)
         for row in step.rows:  # attention reads after every row has written
             sequence = self.requests[row.request_id].sequences[row.index]
             known = sequence.token_ids[: row.end]
-            self.memory.read(row.request_id, self.tables[row.row], known)
+            self.memory.read(row.request_id, self.tables[row.row], known, self._first_visible(row.start))
             if row.samples:
                 assert row.end == sequence.num_tokens, "sampled before the end of what is known"
-                sampled.append(next_token(known))
+            for sample in row.samples:
+                sampled.append(next_token(known, self.indices[sample.row]))
         return sampled
+
+    def _first_visible(self, position: int) -> int:
+        """The first position that the token at `position` sees."""
+        window = self.scheduler.sliding_window
+        return 0 if window is None else max(0, position - window + 1)
 
     def _check_bookkeeping(self) -> None:
         """Reference counts are table entries; nothing is lost; order is kept."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         entries: Counter[int] = Counter()
         for request in (*scheduler.running, *scheduler.waiting):
-            for sequence in request.sequences:
-                entries.update(sequence.block_table.blocks)
+            for sequence in request.unfinished:
+                entries.update(block for block in sequence.block_table.blocks if block != NULL_BLOCK)
                 assert sequence.num_computed_tokens <= sequence.num_tokens
                 held = len(sequence.block_table.blocks) * scheduler.block_size
                 assert sequence.num_computed_tokens <= held
-        assert NULL_BLOCK not in entries
         assert pool.trash_block not in entries
+        kept = set(pool.cached_blocks)
         for block in range(1, pool.trash_block):
             assert pool.ref_count(block) == entries[block]
-            if not entries[block]:
+            if not entries[block] and block not in kept:
                 self.memory.forget(block)
         assert pool.num_free + len(entries) == pool.num_usable
         for queue in (scheduler.running, scheduler.waiting):
-            arrivals = [(self.wanted[int(r.request_id)].arrives, int(r.request_id)) for r in queue]
-            assert arrivals == sorted(arrivals), "somebody overtook"
+            order = [(r.priority * scheduler.by_priority, int(r.request_id)) for r in queue]
+            assert order == sorted(order), "somebody overtook"
         rows = [s.row for r in scheduler.running for s in r.sequences if not s.is_finished]
         assert None not in rows
         assert all(s.row is None for r in scheduler.waiting for s in r.sequences)

@@ -71,14 +71,16 @@ def test_every_tensor_of_every_step(block_size, lengths, spare, prompts_apart):
             assert group.query_start_loc[b + 1] + group.start == token
         assert len(batch.token_ids) == token == step.num_tokens
         ends = torch.tensor([len(row.token_ids) for row in step.rows]).cumsum(0) - 1
-        assert torch.equal(batch.sampled, ends)
-        wishes = [requests[row.request_id].sampling_params for row in step.rows]
+        sampling_rows = [row for row in step.rows if row.samples]
+        assert batch.sampled.tolist() == [end for end, row in zip(ends.tolist(), step.rows, strict=True) if row.samples]
+        assert batch.sampled_rows.tolist() == [row.row for row in sampling_rows]
+        wishes = [requests[row.request_id].sampling_params for row in sampling_rows]
         sampling = batch.sampling
         assert sampling.temperature.tolist() == pytest.approx([w.temperature for w in wishes])
         assert sampling.top_p.tolist() == pytest.approx([w.top_p for w in wishes])
-        assert sampling.top_k.tolist() == [w.top_k or VOCAB for w in wishes]
-        assert sampling.seeds.tolist() == [requests[row.request_id].seed for row in step.rows]
-        assert sampling.positions.tolist() == [row.end for row in step.rows]
+        assert sampling.top_k.tolist() == [VOCAB if w.top_k == 0 else w.top_k for w in wishes]
+        assert sampling.seeds.tolist() == [requests[row.request_id].seed for row in sampling_rows]
+        assert sampling.positions.tolist() == [row.end for row in sampling_rows]
         assert sampling.all_greedy == all(w.greedy for w in wishes)
         assert sampling.any_truncated == any(w.top_k or w.top_p < 1 for w in wishes)
-        s.update(step, [1] * len(step.rows))
+        s.update(step, [1] * len(sampling_rows))

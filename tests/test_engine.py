@@ -30,7 +30,8 @@ def test_tokens_equal_transformers_generate(name, form, folders):
         expected = generate(model, prompt, 24)
         assert tokens == expected
         assert len(set(expected)) > 3, "a model that repeats itself would hide faults"
-    assert llm.engine.scheduler.num_preemptions > 0
+    # Where every layer has a window, blocks are freed so early that the pool does not run out.
+    assert (llm.engine.scheduler.num_preemptions > 0) == (name != "mistral")
     assert llm.engine.scheduler.pool.num_free == 18, "every block came back"
 
 
@@ -58,11 +59,11 @@ def test_the_largest_steps_are_full_and_run_on_a_pool_of_three_blocks(folders):
         num_gpu_blocks_override=3,
     )
     prompts, decodes = largest_steps(llm.engine.config)
-    assert [row.end for row in prompts.rows] == [64, 64, 64, 8]
+    assert [(row.end, len(row.token_ids)) for row in prompts.rows] == [(64, 64), (64, 64), (64, 64), (64, 8)]
     assert prompts.num_tokens == 200
     assert [(row.end, len(row.token_ids)) for row in decodes.rows] == [(64, 1)] * 5
     for step in (prompts, decodes):
-        assert len(llm.engine.runner.run(step)) == len(step.rows)
+        assert len(llm.engine.runner.run(step).token_ids) == len(step.rows)
     # The engine is none the worse for it.
     fresh = load(folders["llama"], max_model_len=64, block_size=64, num_gpu_blocks_override=3)
     prompt = as_prompts(token_prompts([6]))
@@ -119,7 +120,7 @@ def test_a_short_prompt_is_not_changed_by_a_long_one_beside_it(name, folders):
     """Packing must not change the model: the same logits, up to the rounding of sums in another order."""
     short, long = token_prompts([5, 90])
     params = SamplingParams(temperature=0, max_tokens=1)
-    llm = load(folders[name], dtype="float64", block_size=4)
+    llm = load(folders[name], dtype="float64", block_size=4, enable_prefix_caching=False)
     seen = Logits(llm)
     llm.generate(as_prompts([short]), params)
     llm.generate(as_prompts([long, short]), params)
@@ -221,7 +222,7 @@ def test_a_stop_string_that_the_last_token_completes():
     (output,) = llm.generate("To be, or not", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop))
     assert (output.outputs[0].text, output.outputs[0].finish_reason) == (whole.text[:-3], "stop")
     assert output.outputs[0].stop_reason == stop
-    assert not llm.engine._detokenizers, "nothing of a finished request stays"
+    assert not llm.engine._answers, "nothing of a finished request stays"
 
 
 def test_a_stop_token_is_no_part_of_the_text():
@@ -242,7 +243,7 @@ def test_half_a_character_at_the_end_comes_out():
     engine = llm.engine
     engine.add_request("a", "To be", SamplingParams(temperature=0, max_tokens=1))
     run = engine.runner.run
-    engine.runner.run = lambda step: [half for _ in run(step)]
+    engine.runner.run = lambda step: run(step)._replace(token_ids=[half])
     (output,) = engine.step()
     assert (output.outputs[0].text, output.finished) == ("\ufffd", True)
 

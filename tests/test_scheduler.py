@@ -13,16 +13,21 @@ from paged.scheduler import Scheduler
 
 @st.composite
 def simulations(draw) -> Simulation:
-    """Any workload on a pool from just large enough to ample."""
+    """Any workload, under any settings, on a pool from just large enough to ample."""
     block_size = draw(st.integers(1, 9))
+    stem = draw(st.lists(st.integers(0, 49), min_size=0, max_size=25))  # what some prompts begin with
+    prompts = st.lists(st.integers(0, 49), min_size=1, max_size=30)
     wanted = draw(
         st.lists(
             st.builds(
                 Wanted,
-                prompt=st.lists(st.integers(0, 49), min_size=1, max_size=30),
+                prompt=prompts | st.builds(lambda n, rest: stem[:n] + rest, st.integers(0, 25), prompts),
                 max_tokens=st.integers(1, 25),
                 arrives=st.integers(0, 20),
                 aborted=st.none() | st.integers(0, 30),
+                n=st.sampled_from([1, 1, 1, 2, 3]),
+                priority=st.integers(-1, 1),
+                salt=st.sampled_from([None, None, "salt"]),
             ),
             min_size=1,
             max_size=8,
@@ -30,25 +35,42 @@ def simulations(draw) -> Simulation:
     )
     wanted.sort(key=lambda w: w.arrives)  # the harness adds those of a step in this order
     longest = max(len(w.prompt) + w.max_tokens for w in wanted)
-    smallest = max(blocks_for(len(w.prompt) + w.max_tokens - 1, block_size) for w in wanted)
+    chunked = draw(st.booleans())
     scheduler = Scheduler(
-        num_blocks=2 + smallest + draw(st.integers(0, 20)),
+        num_blocks=2 + max(most_blocks(w, block_size) for w in wanted) + draw(st.integers(0, 20)),
         block_size=block_size,
-        max_num_seqs=draw(st.integers(1, 8)),
-        max_num_batched_tokens=longest + draw(st.integers(0, 60)),
+        max_num_seqs=max(w.n for w in wanted) + draw(st.integers(0, 6)),
+        max_num_batched_tokens=draw(st.integers(1, 60)) if chunked else longest + draw(st.integers(0, 60)),
+        enable_chunked_prefill=chunked,
+        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5])) if chunked else 0,
+        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        enable_prefix_caching=draw(st.booleans()),
+        sliding_window=draw(st.none() | st.integers(1, 20)),
         spare_blocks_per_seq=draw(st.integers(0, 2)),
     )
     return Simulation(scheduler, wanted, eos=draw(st.none() | st.integers(0, 49)))
 
 
-@settings(max_examples=1000, deadline=None)
+def most_blocks(w: Wanted, block_size: int) -> int:
+    """Blocks of a request when all its samples are at full length: they share the full blocks of the prompt."""
+    shared = len(w.prompt) // block_size
+    return shared + w.n * (blocks_for(len(w.prompt) + w.max_tokens - 1, block_size) - shared)
+
+
+@settings(max_examples=2000, deadline=None)
 @given(simulations())
 def test_every_read_is_right_and_every_request_ends(simulation):
     simulation.run().check_outputs()
 
 
 def scheduler(**settings) -> Scheduler:
-    defaults = {"num_blocks": 10, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    defaults = {
+        "num_blocks": 10,
+        "block_size": 4,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False,
+    }
     return Scheduler(**{**defaults, **settings})
 
 
@@ -116,13 +138,104 @@ def test_nobody_overtakes_the_head_of_the_queue():
 
 
 def test_the_token_budget_is_kept():
-    s = scheduler(num_blocks=40, max_num_batched_tokens=20)
+    s = scheduler(num_blocks=40, max_num_batched_tokens=20, enable_chunked_prefill=False)
     for name in "abc":
         s.add(request(s, name, 9))
     step = s.schedule()
     assert planned(step) == [("a", 0, 9), ("b", 0, 9)]
     s.update(step, [1, 1])
     assert planned(s.schedule()) == [("a", 9, 10), ("b", 9, 10), ("c", 0, 9)]
+
+
+def test_a_prompt_is_cut_into_chunks_beside_decodes():
+    s = scheduler(num_blocks=40, max_num_batched_tokens=12)
+    s.add(request(s, "a", 9))
+    s.add(request(s, "b", 18))
+    step = s.schedule()
+    assert planned(step) == [("a", 0, 9), ("b", 0, 3)]
+    assert [len(row.samples) for row in step.rows] == [1, 0]
+    s.update(step, [1])
+    step = s.schedule()
+    assert planned(step) == [("a", 9, 10), ("b", 3, 14)]
+    s.update(step, [1])
+    step = s.schedule()
+    assert planned(step) == [("a", 10, 11), ("b", 14, 18)]
+    assert [len(row.samples) for row in step.rows] == [1, 1]
+
+
+def test_a_long_prompt_leaves_room_for_others():
+    s = scheduler(num_blocks=40, long_prefill_token_threshold=5)
+    s.add(request(s, "long", 18))
+    s.add(request(s, "short", 4))
+    assert planned(s.schedule()) == [("long", 0, 5), ("short", 0, 4)]
+
+
+def test_lower_priorities_are_served_first_and_preempted_last():
+    s = scheduler(num_blocks=6, block_size=4, policy="priority", spare_blocks_per_seq=0)  # four usable
+    for name, priority in (("late", 5), ("first", -1), ("later", 5)):
+        r = request(s, name, 5, max_tokens=8)
+        r.priority = priority
+        s.add(r)
+    step = s.schedule()
+    assert planned(step) == [("first", 0, 5), ("late", 0, 5)]
+    for _ in range(4):
+        s.update(step, [1] * len(step.rows))
+        step = s.schedule()
+    assert step.preempted == ("late",)
+    assert [r.request_id for r in s.waiting] == ["late", "later"]
+
+
+def test_samples_share_their_prompt_and_copy_the_block_they_write():
+    s = scheduler(num_blocks=12, block_size=4)
+    params = SamplingParams(n=3)
+    s.add(Request("a", range(6), params, block_table=s.new_block_table(), seed=7, max_tokens=4))
+    step = s.schedule()
+    assert planned(step) == [("a", 0, 6)]
+    assert [admission.seed for admission in step.admissions] == [7, 8, 9]
+    assert [sample.row for sample in step.rows[0].samples] == [admission.row for admission in step.admissions]
+    s.update(step, [1, 2, 3])
+    tables = [sequence.block_table.blocks for sequence in s.running[0].sequences]
+    assert tables == [[1, 2]] * 3
+    assert s.pool.ref_count(1) == s.pool.ref_count(2) == 3
+    step = s.schedule()
+    assert planned(step) == [("a", 6, 7)] * 3
+    assert [copy.source for copy in step.copies] == [2, 2], "the last one to write keeps the block"
+    assert [sequence.block_table.blocks[0] for sequence in s.running[0].sequences] == [1, 1, 1]
+    assert s.pool.num_usable - s.pool.num_free == 4
+
+
+def test_a_beginning_that_was_computed_is_found_again():
+    s = scheduler(enable_prefix_caching=True, num_blocks=20)
+    s.add(request(s, "a", 10, max_tokens=1))
+    assert s.update(s.schedule(), [1])
+    assert s.pool.num_free == s.pool.num_usable
+    s.add(request(s, "b", 11))
+    step = s.schedule()
+    assert planned(step) == [("b", 8, 11)], "two full blocks of four"
+    assert s.running[0].num_cached_tokens == 8
+    assert step.rows[0].table_change.blocks[:2] == (1, 2)
+    s.add(request(s, "c", 8))
+    s.update(step, [1])
+    assert ("c", 4, 8) in planned(s.schedule()), "at least one token is computed, so the last block is"
+    assert not s.reset_prefix_cache(), "blocks are in use"
+    s.abort("b")
+    s.abort("c")
+    assert s.reset_prefix_cache()
+    s.add(request(s, "d", 10))
+    assert planned(s.schedule()) == [("d", 0, 10)]
+
+
+def test_blocks_behind_the_window_are_freed():
+    s = scheduler(num_blocks=40, sliding_window=4, max_num_batched_tokens=8)
+    s.add(request(s, "a", 30, max_tokens=20))
+    step = s.schedule()
+    while step is not None and s.running:
+        # A query sees itself and three tokens before it: at most two blocks, and those of the chunk.
+        held = [block for block in s.running[0].sequences[0].block_table.blocks if block]
+        assert len(held) <= 4
+        s.update(step, [1] * sum(len(row.samples) for row in step.rows))
+        step = s.schedule()
+    assert s.pool.num_free == s.pool.num_usable
 
 
 def test_rows_and_names_can_be_used_again():
@@ -142,17 +255,24 @@ def test_a_step_in_flight_outlives_an_abort():
     s.add(request(s, "b", 3))
     step = s.schedule()
     s.abort("a")
-    ((b, _),) = s.update(step, [1, 2])
+    nobody, grown = s.update(step, [1, 2])
+    assert nobody is None
+    b, _ = grown
     assert b.request_id == "b"
     assert b.sequences[0].output_token_ids == [2]
 
 
 def test_what_can_never_run_is_refused():
-    s = scheduler()
-    with pytest.raises(ValueError, match=r"never fit the pool: prompt 30 and max_tokens 4 take 9 blocks of 4.* has 8"):
+    s = scheduler(enable_chunked_prefill=False)
+    with pytest.raises(
+        ValueError, match=r"never fit the pool: prompt 30, max_tokens 4 and n=1 take 9 blocks of 4.* has 8"
+    ):
         s.add(request(s, "a", 30))
     with pytest.raises(ValueError, match=r"may grow to 70 tokens .* max_num_batched_tokens=64"):
         s.add(request(s, "a", 67))
+    too_many = Request("a", [1], SamplingParams(n=5), block_table=s.new_block_table(), seed=0, max_tokens=1)
+    with pytest.raises(ValueError, match=r"wants n=5 samples .* max_num_seqs=4"):
+        s.add(too_many)
     assert not s.has_unfinished
 
 

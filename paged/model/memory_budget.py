@@ -8,7 +8,7 @@ from paged.blocks import TableChange, blocks_for
 from paged.config import EngineConfig
 from paged.kv_pool import LayerShape, bytes_per_block
 from paged.sampling_params import SamplingParams
-from paged.step import Admission, RowPlan, Step
+from paged.step import Admission, RowPlan, Sample, Step
 
 CPU_POOL_BYTES = 2 * 2**30
 # Blocks that no request can hold: the null and the trash block.
@@ -79,12 +79,13 @@ def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
     params = SamplingParams(temperature=1, top_k=2, top_p=0.5)
     admissions = tuple(Admission(row, params, seed=0) for row in range(config.max_num_seqs))
 
-    def row(index: int, start: int, end: int) -> RowPlan:
-        return RowPlan(str(index), 0, index, start, (0,) * (end - start), table, samples=True)
+    def row(index: int, num_tokens: int) -> RowPlan:
+        """The last tokens of a sequence, which see all of it."""
+        return RowPlan(str(index), 0, index, length - num_tokens, (0,) * num_tokens, table, samples=(Sample(index),))
 
-    ends = [min(length, budget - first) for first in range(0, budget, length)][: config.max_num_seqs]
-    prompts = tuple(row(index, 0, end) for index, end in enumerate(ends))
-    decodes = tuple(row(index, length - 1, length) for index in range(config.max_num_seqs))
+    sizes = [min(length, budget - first) for first in range(0, budget, length)][: config.max_num_seqs]
+    prompts = tuple(row(index, size) for index, size in enumerate(sizes))
+    decodes = tuple(row(index, 1) for index in range(config.max_num_seqs))
     # Rows with a single token come first, as in every Step.
     prompts = tuple(sorted(prompts, key=lambda row: len(row.token_ids) > 1))
     return Step(prompts, admissions), Step(decodes, admissions)

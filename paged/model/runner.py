@@ -1,5 +1,7 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from paged.kv_pool import allocate_layer, bytes_per_block, copy_blocks, storage_
 from paged.model.loading import LoadedModel
 from paged.model.memory_budget import largest_steps, num_blocks_for
 from paged.model.paged_attention import find_attention
-from paged.sampling import sample
+from paged.sampling import TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
 
 # Shapes are dynamic, but sizes 0 and 1 and one or two attention groups still make graphs of their own. Past its limit
@@ -16,6 +18,20 @@ from paged.step import Step
 RECOMPILE_LIMIT = 64
 # With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
+
+
+class StepResult(NamedTuple):
+    """What a step brought.
+
+    Attributes:
+        token_ids: a token for each of its samples, in order; None where the logits were no numbers.
+        logprobs: of each of them, or None if no row wants any.
+        prompt_logprobs: of the prompt tokens that are scored, row after row.
+    """
+
+    token_ids: list[int | None]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs]
 
 
 class ModelRunner:
@@ -28,6 +44,7 @@ class ModelRunner:
         num_blocks: blocks of the pool, the null and the trash block included.
         caches: (key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv]) of every layer.
         attention_form: "gathered" or "fused".
+        sliding_window: keys further back than this are read by no layer; None if some layer reads all.
         most_gather_bytes: most bytes that gathered copies of K and V took in one layer so far, modelled.
 
     Raises:
@@ -45,6 +62,8 @@ class ModelRunner:
             self.attention_form = "gathered" if self._eager else "fused"
 
         self._calls = find_attention(self._model)
+        windows = [call.window for call in self._calls if call.window is not None]
+        self.sliding_window = max(windows) if len(windows) == len(self._calls) else None
         shapes = [call.shape for call in self._calls]
         # Attention is computed in float32 at least, so that is what gathered copies are made in.
         gathered_dtype = torch.promote_types(loaded.dtype, torch.float32)
@@ -99,29 +118,38 @@ class ModelRunner:
         return self._builder.block_table_bytes
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[int]:
-        """Run one step.
-
-        Returns:
-            A token for each of its rows that samples, in the order of the rows.
-        """
+    def run(self, step: Step) -> StepResult:
+        """Run one step: the model, the sampler, and log probabilities for the rows that want them."""
         batch = self._builder.build(step)
         if batch.copies:
             copy_blocks(self.caches, [(copy.source, copy.target) for copy in batch.copies])
         if self.attention_form == "gathered":
             blocks = max(group.block_tables.numel() for group in batch.attention.groups)
             self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_gathered_bytes_of_a_block)
-        tokens: list[int] = sample(self._logits(batch), batch.sampling).tolist()
-        return tokens
+        num_samples = len(batch.sampled)
+        logits = self._logits(batch)
+        token_ids, broken = sample(logits[:num_samples], batch.sampling)
+        self._builder.count(batch, token_ids)
+
+        logprobs: list[TokenLogprobs] | None = None
+        if batch.num_logprobs is not None:
+            found = logprobs_of(logits[:num_samples], token_ids, batch.num_logprobs)
+            logprobs = token_logprobs(found, token_ids)
+        prompt_logprobs: list[TokenLogprobs] = []
+        if batch.num_prompt_logprobs is not None:
+            found = logprobs_of(logits[num_samples:], batch.prompt_targets, batch.num_prompt_logprobs)
+            prompt_logprobs = token_logprobs(found, batch.prompt_targets)
+        tokens = [None if bad else token for token, bad in zip(token_ids.tolist(), broken.tolist(), strict=True)]
+        return StepResult(tokens, logprobs, prompt_logprobs)
 
     def _logits(self, batch: Batch) -> Tensor:
-        """[S, V]: the logits of the tokens that are sampled from."""
+        """[S + Q, V]: the logits of the tokens that are sampled from, then those of prompt tokens that are scored."""
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             output = self._model(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.positions[None],
                 attention_inputs=batch.attention,
-                logits_to_keep=batch.sampled,
+                logits_to_keep=torch.cat([batch.sampled, batch.prompt_tokens]),
                 use_cache=False,
             )
         logits: Tensor = output.logits[0]

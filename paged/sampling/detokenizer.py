@@ -29,15 +29,27 @@ class Detokenizer:
         tokenizer: any transformers tokenizer.
         prompt_token_ids: the context that the output goes on from; not part of the text.
         stop: strings that end the text, which is then cut before the one found.
+        include_stop: cut it behind the one found instead.
+        skip_special_tokens: leave special tokens out.
 
     Attributes:
         text: the output so far.
         stop_string: the stop string that was found, or None.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: tuple[int, ...],
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._include_stop = include_stop
+        self._skip_special_tokens = skip_special_tokens
         self._token_ids = list(prompt_token_ids[-CONTEXT:])
         # Tokens [_prefix, _read) are in the text already; they are decoded again as context of the next ones.
         self._prefix = 0
@@ -70,8 +82,8 @@ class Detokenizer:
             if (start := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0
         ]
         if found:
-            _, _, start, self.stop_string = min(found)
-            self.text = self.text[:start]
+            end, _, start, self.stop_string = min(found)
+            self.text = self.text[: end if self._include_stop else start]
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True)
+        return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=self._skip_special_tokens)

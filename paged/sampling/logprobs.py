@@ -40,3 +40,32 @@ def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     chosen = logprobs.gather(-1, token_ids[:, None])  # [S, 1]
     top, top_token_ids = logprobs.topk(num_top, dim=-1)
     return Logprobs(chosen[:, 0], 1 + (logprobs > chosen).sum(dim=-1), top, top_token_ids)
+
+
+class TokenLogprobs(NamedTuple):
+    """The same for one token, on the host.
+
+    Attributes:
+        token_id: the token.
+        logprob, rank: its own.
+        top: (token id, log probability) of the most likely ones, in falling order.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+def token_logprobs(found: Logprobs, token_ids: Tensor) -> list[TokenLogprobs]:
+    """Bring log probabilities to the host.
+
+    Args:
+        found: of S tokens.
+        token_ids: [S] int64.
+    """
+    columns = (token_ids, found.chosen, found.ranks, found.top_token_ids, found.top)
+    return [
+        TokenLogprobs(token, logprob, rank, list(zip(top_ids, top, strict=True)))
+        for token, logprob, rank, top_ids, top in zip(*(column.tolist() for column in columns), strict=True)
+    ]

@@ -1,7 +1,7 @@
 """The sampler: a function of tensors alone, so that it runs on the device and no host waits for it.
 
-In vLLM's order: greedy rows take the largest logit; the others are divided by their temperature, cut to the top k and
-then to the top p, and one token is drawn from what is left.
+In vLLM's order: bans, biases and penalties change the logits; greedy rows take the largest; the others are divided by
+their temperature, cut by min_p, to the top k and then to the top p, and one token is drawn from what is left.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paged.sampling.adjust import Allowed, Edits, Penalties, adjust
 from paged.sampling.noise import gumbel_noise
 from paged.sampling_params import GREEDY_BELOW
 
@@ -17,29 +18,36 @@ from paged.sampling_params import GREEDY_BELOW
 class SamplingInputs:
     """What the sampler needs to know of S rows.
 
-    The two booleans are known on the host from the requests alone. They only leave out work that would change
-    nothing.
+    The booleans are known on the host from the requests alone. They only leave out work that would change nothing.
 
     Attributes:
         temperature: [S] float32; below 1e-5 means greedy.
         top_k: [S] int64, V where all tokens are kept.
         top_p: [S] float32, 1 where all tokens are kept.
+        min_p: [S] float32, 0 where all tokens are kept.
         seeds: [S] int64.
         positions: [S] int64, the position that the sampled token will have.
         all_greedy: no row draws.
         any_truncated: some row has a top_k or a top_p.
+        any_min_p: some row has a min_p.
+        allowed, edits, penalties: None where no row has any.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
     seeds: Tensor
     positions: Tensor
     all_greedy: bool
     any_truncated: bool
+    any_min_p: bool = False
+    allowed: Allowed | None = None
+    edits: Edits | None = None
+    penalties: Penalties | None = None
 
 
-def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
+def sample(logits: Tensor, inputs: SamplingInputs) -> tuple[Tensor, Tensor]:
     """Choose one token for each row.
 
     Args:
@@ -47,18 +55,25 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
         inputs: the rows' wishes.
 
     Returns:
-        [S] int64.
+        token_ids [S] int64, and broken [S] bool: rows whose logits hold NaN, or nothing that may be sampled. Their
+        tokens mean nothing.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    best = logits.argmax(dim=-1)  # [S]
+    logits = adjust(logits, inputs.allowed, inputs.edits, inputs.penalties)
+    largest, best = logits.max(dim=-1)  # [S]; a NaN counts as the largest
+    broken = largest.isnan() | (largest == -torch.inf)
     if inputs.all_greedy:
-        return best
+        return best, broken
     greedy = inputs.temperature < GREEDY_BELOW  # [S]
     logits = logits / torch.where(greedy, 1.0, inputs.temperature)[:, None]
+    if inputs.any_min_p:
+        # p >= min_p * p_max, in logarithms: no softmax is needed.
+        least = logits.amax(dim=-1, keepdim=True) + inputs.min_p[:, None].to(logits.dtype).log()
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if inputs.any_truncated:
         logits = keep_top(logits, inputs.top_k, inputs.top_p)
     drawn = (logits + gumbel_noise(inputs.seeds, inputs.positions, logits.shape[-1])).argmax(dim=-1)
-    return torch.where(greedy, best, drawn)
+    return torch.where(greedy, best, drawn), broken
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""What a request has been told: text, log probabilities, and the outputs made of them."""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+from paged.outputs import CompletionOutput, Logprob, RequestOutput
+from paged.request import FinishReason, Request, Sequence
+from paged.sampling import Detokenizer, TokenLogprobs
+from paged.sampling_params import RequestOutputKind
+
+
+class Answers:
+    """The answers to one request while they grow.
+
+    Args:
+        request: whose.
+        tokenizer: makes text of tokens; None for no text.
+    """
+
+    def __init__(self, request: Request, tokenizer: Any) -> None:
+        self.request = request
+        self._tokenizer = tokenizer
+        params = request.sampling_params
+        self._texts: list[Detokenizer] = []
+        if tokenizer is not None and params.detokenize:
+            self._texts = [
+                Detokenizer(
+                    tokenizer,
+                    request.prompt_token_ids,
+                    params.stop_strings,
+                    include_stop=params.include_stop_str_in_output,
+                    skip_special_tokens=params.skip_special_tokens,
+                )
+                for _ in request.sequences
+            ]
+        self._logprobs: list[list[dict[int, Logprob]]] = [[] for _ in request.sequences]
+        self._cumulative = [0.0 for _ in request.sequences]
+        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None] * len(request.prompt_token_ids)
+        # Text that could still become a stop string is not given out before it is known not to.
+        longest = max((len(stop) for stop in params.stop_strings), default=0)
+        self._held_back = 0 if params.include_stop_str_in_output else max(0, longest - 1)
+        self._given = [(0, 0) for _ in request.sequences]  # tokens and characters given out, for DELTA
+
+    def append(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> str | None:
+        """Take in the token that a sequence just got.
+
+        Returns:
+            The stop string that its text now holds, or None.
+        """
+        index, token = sequence.index, sequence.token_ids[-1]
+        wanted = self.request.sampling_params.logprobs
+        if logprobs is not None and wanted is not None:
+            self._logprobs[index].append(self._as_dict(logprobs, wanted))
+            self._cumulative[index] += logprobs.logprob
+        if not self._texts:
+            return None
+        text = self._texts[index]
+        ended_by_token = sequence.finish_reason is FinishReason.STOP
+        if not ended_by_token:  # a token that ends the output is no part of its text
+            text.append(token)
+        if sequence.is_finished:
+            text.finish()
+        return text.stop_string
+
+    def add_prompt_logprobs(self, start: int, logprobs: SequenceOf[TokenLogprobs]) -> None:
+        """Take in the log probabilities of the prompt's tokens from position `start` on."""
+        wanted = self.request.sampling_params.prompt_logprobs
+        assert wanted is not None, "nobody computes what was not asked for"
+        for position, found in enumerate(logprobs, start):
+            self._prompt_logprobs[position] = self._as_dict(found, wanted)
+
+    def output(self) -> RequestOutput:
+        """Everything so far, or what is new with RequestOutputKind.DELTA."""
+        request, params = self.request, self.request.sampling_params
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=tuple(self._completion(sequence) for sequence in request.sequences),
+            finished=request.is_finished,
+            prompt_logprobs=None if params.prompt_logprobs is None else tuple(self._prompt_logprobs),
+            num_cached_tokens=request.num_cached_tokens or 0,
+            num_preemptions=request.num_preemptions,
+        )
+
+    def _completion(self, sequence: Sequence) -> CompletionOutput:
+        index, params = sequence.index, self.request.sampling_params
+        text = self._texts[index].text if self._texts else ""
+        if not sequence.is_finished and self._held_back:
+            text = text[: max(0, len(text) - self._held_back)]
+        tokens, logprobs = sequence.output_token_ids, self._logprobs[index]
+        if params.output_kind is RequestOutputKind.DELTA:
+            num_tokens, num_characters = self._given[index]
+            self._given[index] = (len(tokens), len(text))
+            tokens, text, logprobs = tokens[num_tokens:], text[num_characters:], logprobs[num_tokens:]
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=tuple(tokens),
+            cumulative_logprob=None if params.logprobs is None else self._cumulative[index],
+            logprobs=None if params.logprobs is None else tuple(logprobs),
+            finish_reason=None if sequence.finish_reason is None else sequence.finish_reason.value,
+            stop_reason=sequence.stop_reason,
+        )
+
+    def _as_dict(self, found: TokenLogprobs, wanted: int) -> dict[int, Logprob]:
+        """The token itself first, then the most likely ones, as vLLM has it."""
+        top = found.top if wanted == -1 else found.top[:wanted]
+        entries = [(found.token_id, found.logprob, found.rank)]
+        entries += [(token, logprob, rank) for rank, (token, logprob) in enumerate(top, 1) if token != found.token_id]
+        return {token: Logprob(logprob, rank, self._decode(token)) for token, logprob, rank in entries}
+
+    def _decode(self, token: int) -> str | None:
+        if self._tokenizer is None or not self.request.sampling_params.detokenize:
+            return None
+        text: str = self._tokenizer.decode([token])
+        return text
