@@ -192,7 +192,7 @@ class BatchBuilder:
             self._wishes.admit(admission)
         for plan in step.rows:
             change = plan.table_change
-            if change.blocks:
+            if change is not None:
                 self._block_tables[plan.row, change.first_index : change.first_index + len(change.blocks)] = (
                     change.blocks
                 )

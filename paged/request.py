@@ -103,6 +103,7 @@ class Request:
         sequences: one for each sample.
         arrival: its number among all requests, given by the scheduler.
         num_preemptions: how often its blocks were taken away.
+        may_ban: whether `banned_token_ids` is ever not empty.
         num_cached_tokens: prompt tokens that were found computed when it was first admitted; None before.
 
     Example:
@@ -145,7 +146,7 @@ class Request:
         self.arrival = 0
         self.num_preemptions = 0
         self.num_cached_tokens: int | None = None
-        self._may_ban = bool(self.bad_words) or sampling_params.min_tokens > 0
+        self.may_ban = bool(self.bad_words) or sampling_params.min_tokens > 0
 
     @property
     def is_finished(self) -> bool:
@@ -164,8 +165,6 @@ class Request:
 
     def banned_token_ids(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that `sequence` must not get next: what would end it too early, and the ends of bad words."""
-        if not self._may_ban:
-            return ()
         banned: set[int] = set()
         if sequence.num_output_tokens < self.sampling_params.min_tokens:
             banned |= self.eos_token_ids | self.stop_token_ids
@@ -182,5 +181,5 @@ class Request:
             sequence.finish_reason = FinishReason.STOP
         elif token in self.stop_token_ids:
             sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, token
-        elif sequence.num_output_tokens >= self.max_tokens:
+        elif len(sequence.token_ids) - sequence.num_prompt_tokens >= self.max_tokens:
             sequence.finish_reason = FinishReason.LENGTH

@@ -20,7 +20,6 @@ Nothing here knows a tensor or a model: `schedule` gives a Step, whoever runs it
 import bisect
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from itertools import islice
 
 from paged.blocks import BlockPool, BlockTable, CachedBlock, PrefixCache, TableChange, blocks_for
 from paged.request import FinishReason, Request, Sequence
@@ -32,27 +31,29 @@ PROMPT_LOGPROBS_CHUNK = 128
 
 @dataclass
 class _Draft:
-    """A step while it is planned."""
+    """A step while it is planned: rows with a single token apart from the others, since they come first."""
 
     budget: int
-    rows: list[RowPlan] = field(default_factory=list)
+    singles: list[RowPlan] = field(default_factory=list)
+    chunks: list[RowPlan] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
 
-    def add(self, row: RowPlan) -> None:
-        self.rows.append(row)
-        self.budget -= len(row.token_ids)
+    def add(self, row: RowPlan, num_tokens: int) -> None:
+        (self.singles if num_tokens == 1 else self.chunks).append(row)
+        self.budget -= num_tokens
 
     def drop(self, request: Request) -> None:
         """A request was preempted: what was planned for it is not done."""
-        self.budget += sum(len(row.token_ids) for row in self.rows if row.request_id == request.request_id)
-        self.rows = [row for row in self.rows if row.request_id != request.request_id]
+        for rows in (self.singles, self.chunks):
+            self.budget += sum(len(row.token_ids) for row in rows if row.request_id == request.request_id)
+            rows[:] = [row for row in rows if row.request_id != request.request_id]
         self.preempted.append(request.request_id)
 
     def finish(self) -> Step:
-        self.rows.sort(key=lambda row: len(row.token_ids) > 1)
-        copies = tuple(copy for row in self.rows for copy in row.table_change.copies)
-        return Step(tuple(self.rows), tuple(self.admissions), copies, tuple(self.preempted))
+        rows = (*self.singles, *self.chunks)
+        copies = tuple(copy for row in rows if row.table_change is not None for copy in row.table_change.copies)
+        return Step(rows, tuple(self.admissions), copies, tuple(self.preempted))
 
 
 class Scheduler:
@@ -202,29 +203,24 @@ class Scheduler:
             have their `finish_reason` set and their blocks back in the pool.
         """
         grown: list[tuple[Request, Sequence] | None] = []
-        sampled = iter(token_ids)
+        first = 0
         for row in step.rows:
-            tokens = list(islice(sampled, len(row.samples)))
+            num_samples = len(row.samples)
+            tokens = token_ids[first : first + num_samples]
+            first += num_samples
             request = self._requests.get(row.request_id)
-            if request is None or request.sequences[row.index].row != row.row:  # aborted while the step ran
-                grown += [None] * len(tokens)
+            if request is None or request.sequences[row.sequence_index].row != row.row:  # aborted while the step ran
+                grown += [None] * num_samples
                 continue
-            sequence = request.sequences[row.index]
-            followers = request.followers if len(tokens) > 1 else []
-            self._computed(request, sequence, row.end)
-            for follower in followers:
-                self._follow(sequence, follower)
-            receivers = [sequence, *followers] if tokens else []
-            for receiver, token in zip(receivers, tokens, strict=True):
-                if token is None:
-                    receiver.finish_reason = FinishReason.ERROR
-                else:
-                    receiver.token_ids.append(token)
-                    request.stop_if_done(receiver)
-                grown.append((request, receiver))
-            for receiver in receivers:
-                if receiver.finish_reason is not None:
-                    self._release(request, receiver)
+            sequence = request.sequences[row.sequence_index]
+            self._computed(request, sequence, row.start + len(row.token_ids))
+            if num_samples:
+                followers = request.followers if num_samples > 1 else ()
+                for follower in followers:  # before the leader may end and let go of its blocks
+                    self._follow(sequence, follower)
+                for receiver, token in zip((sequence, *followers), tokens, strict=True):
+                    self._receive(request, receiver, token)
+                    grown.append((request, receiver))
         return grown
 
     def finish(
@@ -261,14 +257,18 @@ class Scheduler:
                 num_tokens = self._chunk(request, sequence, draft.budget)
                 if num_tokens == 0:
                     break
-                end = sequence.num_computed_tokens + num_tokens
-                while sequence.block_table.num_blocks_to_write(sequence.num_computed_tokens, end) > self.pool.num_free:
+                table, start = sequence.block_table, sequence.num_computed_tokens
+                end = start + num_tokens
+                if table.is_writable(start, end):  # a decode inside a block: nothing has to be found for it
+                    draft.add(self._plan(request, sequence, end, None), num_tokens)
+                    continue
+                while table.num_blocks_to_write(start, end) > self.pool.num_free:
                     victim = self.running[-1]
                     self._preempt(victim)
                     draft.drop(victim)
                     if victim is request:
                         return
-                draft.add(self._plan(request, sequence, end))
+                draft.add(self._plan(request, sequence, end, table.prepare_write(start, end)), num_tokens)
             position += 1
 
     def _admit_waiting(self, draft: _Draft) -> None:
@@ -299,7 +299,8 @@ class Scheduler:
             self._ready(request)  # the prompt may have been found whole; then the others begin where the leader does
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = start
-            draft.add(self._plan(request, leader, start + num_tokens))
+            end = start + num_tokens
+            draft.add(self._plan(request, leader, end, leader.block_table.prepare_write(start, end)), num_tokens)
 
     def _lookup(self, request: Request, leader: Sequence) -> list[CachedBlock]:
         """The blocks of a request's beginning that are there already."""
@@ -311,9 +312,9 @@ class Scheduler:
 
     def _ready(self, request: Request) -> list[Sequence]:
         """The sequences of a running request that can compute something now."""
+        if len(request.sequences) == 1:
+            return request.sequences
         unfinished = request.unfinished
-        if len(unfinished) == 1:
-            return unfinished
         leader, followers = unfinished[0], request.followers
         if followers and leader.num_computed_tokens < leader.num_prompt_tokens:
             return [leader]
@@ -324,7 +325,7 @@ class Scheduler:
     def _chunk(self, request: Request, sequence: Sequence, budget: int, start: int | None = None) -> int:
         """How many tokens of a sequence this step computes; 0 if its turn has not come."""
         start = sequence.num_computed_tokens if start is None else start
-        num_tokens = sequence.num_tokens - start
+        num_tokens = len(sequence.token_ids) - start
         if num_tokens == 1:
             return min(1, budget)
         if request.followers and start < sequence.num_prompt_tokens:
@@ -337,31 +338,44 @@ class Scheduler:
             return 0
         return min(num_tokens, budget)
 
-    def _plan(self, request: Request, sequence: Sequence, end: int) -> RowPlan:
-        """Reserve the slots of positions up to `end` and write down what is computed."""
-        start = sequence.num_computed_tokens
-        table = sequence.block_table
-        change = table.prepare_write(start, end)
-        first = min(change.first_index, sequence.num_told_blocks)
-        if first < len(table.blocks):
-            change = TableChange(first, tuple(table.blocks[first:]), change.copies)
-            sequence.num_told_blocks = len(table.blocks)
+    def _plan(self, request: Request, sequence: Sequence, end: int, change: TableChange | None) -> RowPlan:
+        """Write down that a sequence computes its tokens up to `end`, for which its table was changed like that."""
+        start, row, num_blocks = sequence.num_computed_tokens, sequence.row, len(sequence.block_table.blocks)
+        assert row is not None, "only a sequence with a row is planned"
+        first = sequence.num_told_blocks if change is None else min(change.first_index, sequence.num_told_blocks)
+        told = None
+        if first < num_blocks:
+            copies = () if change is None else change.copies
+            told = TableChange(first, tuple(sequence.block_table.blocks[first:]), copies)
+            sequence.num_told_blocks = num_blocks
         samples: tuple[Sample, ...] = ()
-        if end == sequence.num_tokens:
-            receivers = [sequence] if sequence.num_output_tokens else [sequence, *request.followers]
-            samples = tuple(Sample(_row(s), request.banned_token_ids(s)) for s in receivers)
+        if end == len(sequence.token_ids):
+            samples = (_sample(request, sequence),)
+            if end == sequence.num_prompt_tokens:
+                samples += tuple(_sample(request, follower) for follower in request.followers)
         targets: tuple[int, ...] = ()
-        if request.sampling_params.prompt_logprobs is not None and sequence.index == 0:
+        if start < sequence.num_prompt_tokens and request.sampling_params.prompt_logprobs is not None:
             targets = request.prompt_token_ids[start + 1 : end + 1]
         tokens = tuple(sequence.token_ids[start:end])
-        return RowPlan(request.request_id, sequence.index, _row(sequence), start, tokens, change, samples, targets)
+        return RowPlan(request.request_id, sequence.index, row, start, tokens, told, samples, targets)
+
+    def _receive(self, request: Request, sequence: Sequence, token: int | None) -> None:
+        """A sequence gets a token, which may be its last."""
+        if token is None:
+            sequence.finish_reason = FinishReason.ERROR
+        else:
+            sequence.token_ids.append(token)
+            request.stop_if_done(sequence)
+        if sequence.finish_reason is not None:
+            self._release(request, sequence)
 
     def _computed(self, request: Request, sequence: Sequence, end: int) -> None:
         """The K and V of a sequence's tokens up to `end` are in the pool."""
-        self.num_recomputed_tokens += max(0, min(end, sequence.num_discarded_tokens) - sequence.num_computed_tokens)
+        if sequence.num_computed_tokens < sequence.num_discarded_tokens:
+            self.num_recomputed_tokens += min(end, sequence.num_discarded_tokens) - sequence.num_computed_tokens
         sequence.num_computed_tokens = end
-        blocks = sequence.block_table.blocks
         if self.prefix_cache is not None and end // self.block_size > len(sequence.chain):
+            blocks = sequence.block_table.blocks
             self.prefix_cache.publish(sequence.chain, sequence.token_ids, blocks, end, request.cache_salt)
         if self.sliding_window is not None:
             # The next token, at position `end`, sees itself and sliding_window - 1 tokens before it.
@@ -416,6 +430,6 @@ class Scheduler:
             sequence.row = None
 
 
-def _row(sequence: Sequence) -> int:
-    assert sequence.row is not None, "only a sequence with a row is planned"
-    return sequence.row
+def _sample(request: Request, sequence: Sequence) -> Sample:
+    assert sequence.row is not None, "every sequence of a running request has a row"
+    return Sample(sequence.row, request.banned_token_ids(sequence) if request.may_ban else ())

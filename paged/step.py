@@ -47,26 +47,25 @@ class Sample(NamedTuple):
     banned_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RowPlan:
+class RowPlan(NamedTuple):
     """What one sequence computes in this step.
 
     Attributes:
-        request_id, index: which sequence.
+        request_id, sequence_index: which sequence.
         row: its row in the batch's persistent tensors.
         start: position of the first token computed, which is the number of tokens computed before.
         token_ids: the tokens computed, at positions `start`, `start + 1`, ...: one for a decode, many for a prompt.
-        table_change: what to replay on the row's block table before.
+        table_change: what to replay on the row's block table before; None if nothing changed.
         samples: what to sample after the last token; nothing if more of what is known has still to be computed.
         prompt_targets: the prompt's tokens behind the first computed ones, if their log probabilities are wanted.
     """
 
     request_id: str
-    index: int
+    sequence_index: int
     row: int
     start: int
     token_ids: tuple[int, ...]
-    table_change: TableChange
+    table_change: TableChange | None
     samples: tuple[Sample, ...] = ()
     prompt_targets: tuple[int, ...] = ()
 
@@ -88,8 +87,7 @@ class Step:
         preempted: requests whose blocks were taken away to make this step possible.
 
     Example: sequence "a" decodes its sixth token while the three of prompt "b" are computed beside it.
-        >>> nothing = TableChange(first_index=2, blocks=())
-        >>> a = RowPlan("a", 0, row=0, start=5, token_ids=(17,), table_change=nothing, samples=(Sample(0),))
+        >>> a = RowPlan("a", 0, row=0, start=5, token_ids=(17,), table_change=None, samples=(Sample(0),))
         >>> b = RowPlan("b", 0, 1, 0, (3, 4, 5), table_change=TableChange(0, (8,)), samples=(Sample(1),))
         >>> step = Step(rows=(a, b), admissions=(Admission(1, SamplingParams(), seed=0),))
         >>> step.num_tokens, step.num_single

@@ -142,15 +142,16 @@ class Simulation:
         for row in step.rows:
             table = self.tables[row.row]
             change = row.table_change
-            assert change.first_index <= len(table), "a hole in the table"
-            table[change.first_index :] = change.blocks
-            sequence = self.requests[row.request_id].sequences[row.index]
+            if change is not None:
+                assert change.first_index <= len(table), "a hole in the table"
+                table[change.first_index :] = change.blocks
+            sequence = self.requests[row.request_id].sequences[row.sequence_index]
             assert table == sequence.block_table.blocks, "the replayed table is not the sequence's"
             known = sequence.token_ids[: row.start] + list(row.token_ids)
             first = self._first_visible(row.start)
             self.memory.write(row.request_id, table, known, row.start, row.end, first)
         for row in step.rows:  # attention reads after every row has written
-            sequence = self.requests[row.request_id].sequences[row.index]
+            sequence = self.requests[row.request_id].sequences[row.sequence_index]
             known = sequence.token_ids[: row.end]
             self.memory.read(row.request_id, self.tables[row.row], known, self._first_visible(row.start))
             if row.samples:

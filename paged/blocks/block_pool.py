@@ -89,6 +89,10 @@ class BlockPool:
         """How many block tables name `block`."""
         return self._ref_counts[block]
 
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one block table names `block`."""
+        return self._ref_counts[block] > 1
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks, each with one reference.
 

@@ -14,6 +14,7 @@ what they need and what it has is what it takes from the pool.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from paged.blocks.block_pool import NULL_BLOCK, BlockPool, OutOfBlocks
 
@@ -36,8 +37,7 @@ class BlockCopy:
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class TableChange:
+class TableChange(NamedTuple):
     """What one call changed in a table: its entries from `first_index` on are now `blocks`.
 
     Whoever keeps a copy of the table (the batch does, as a row of a tensor) replays this instead of the whole table.
@@ -77,6 +77,15 @@ class BlockTable:
         index, offset = divmod(position, self.block_size)
         return self.blocks[index] * self.block_size + offset
 
+    def is_writable(self, start: int, end: int) -> bool:
+        """Whether positions `start` to `end - 1` have slots of this table's own, so that writing takes no block."""
+        if end > len(self.blocks) * self.block_size:
+            return False
+        first, last = start // self.block_size, (end - 1) // self.block_size
+        if first == last:  # a decode, and so by far the most frequent question
+            return not self.pool.is_shared(self.blocks[first])
+        return not self._shared_between(start, end)
+
     def num_blocks_to_write(self, start: int, end: int) -> int:
         """Free blocks that `prepare_write(start, end)` would take."""
         growth = max(0, blocks_for(end, self.block_size) - len(self.blocks))
@@ -98,8 +107,8 @@ class BlockTable:
         Raises:
             OutOfBlocks: the pool has too few free blocks; then nothing has changed.
         """
-        if end <= len(self.blocks) * self.block_size and not self._shared_between(start, end):
-            return TableChange(len(self.blocks), ())  # by far the most frequent case: there is room already
+        if self.is_writable(start, end):
+            return TableChange(len(self.blocks), ())
         needed = self.num_blocks_to_write(start, end)
         if needed > self.pool.num_free:
             raise OutOfBlocks(
@@ -163,4 +172,4 @@ class BlockTable:
     def _shared_between(self, start: int, end: int) -> list[int]:
         """Indices of the blocks under positions `start` to `end - 1` that another table names too."""
         last = min(blocks_for(end, self.block_size), len(self.blocks))
-        return [i for i in range(start // self.block_size, last) if self.pool.ref_count(self.blocks[i]) > 1]
+        return [i for i in range(start // self.block_size, last) if self.pool.is_shared(self.blocks[i])]

@@ -39,7 +39,7 @@ class StepEvent:
 
 def take_event(step: Step, scheduler: Scheduler) -> StepEvent:
     """Note what the pool holds, between `schedule` and `update`."""
-    written = {(row.request_id, row.index): row.end for row in step.rows}
+    written = {(row.request_id, row.sequence_index): row.end for row in step.rows}
     holdings = tuple(
         Holding(
             request.request_id,
