@@ -1,5 +1,7 @@
 """Every architecture against transformers' `generate`: token for token, in float32, from a pool that runs out."""
 
+from pathlib import Path
+
 import pytest
 from architectures import ARCHITECTURES, build
 from helpers import as_prompts, generate, load, token_prompts, tokens_of
@@ -22,3 +24,8 @@ def test_tokens_equal_transformers_generate(name, tmp_path):
     # Where every layer has a window, blocks are freed so early that the pool does not run out.
     assert llm.engine.scheduler.num_preemptions > 0 or llm.engine.scheduler.sliding_window is not None
     assert len({token for tokens in expected for token in tokens}) > 9, "a model that repeats itself would hide faults"
+
+
+def test_the_documentation_names_each_of_them():
+    page = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+    assert [name for name in ARCHITECTURES if f"`{name.split('-')[0]}`" not in page] == []

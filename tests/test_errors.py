@@ -198,7 +198,10 @@ REFUSED = {
     "qwen3_next": (SMALL, "does not take its attention"),
     "bert": ({**SMALL, "intermediate_size": 64}, "change with the tokens behind it"),
     "roberta": ({**SMALL, "intermediate_size": 64, "is_decoder": True}, "positions are not 0, 1, 2"),
-    "doge": ({**SMALL, "intermediate_size": 64, "keep_window_size": 4}, "hands a mask of its own"),
+    "doge": (
+        {**SMALL, "intermediate_size": 64, "keep_window_size": 4},
+        "hands a mask of its own|change with the tokens behind it",
+    ),
     "phimoe": (
         {**SMALL, "intermediate_size": 64, "num_local_experts": 2, "num_key_value_heads": 2, "sliding_window": 7},
         "2 layers have a sliding window and 0 of them tell",
