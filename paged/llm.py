@@ -1,5 +1,6 @@
 """LLM: the face a user sees, with vLLM's names."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from paged.outputs import RequestOutput
 from paged.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | Mapping[str, Any]
+Conversation = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -86,6 +88,56 @@ class LLM:
                 if request_id not in finished:
                     self.engine.abort_request(request_id)
         return [finished[request_id] for request_id in request_ids]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations.
+
+        Args:
+            messages: one conversation or many; each a list of {"role": ..., "content": ...}.
+            sampling_params, use_tqdm: as in `generate`.
+            chat_template: how a conversation becomes a text (Jinja); None for the tokenizer's own.
+            add_generation_prompt: end the text with the beginning of an answer.
+            continue_final_message: leave the last message open, to be gone on with.
+            tools: descriptions that the template may use.
+            chat_template_kwargs: whatever else it may use.
+
+        Raises:
+            ValueError: no tokenizer, no template, a conversation that the template refuses, or as in `generate`.
+        """
+        tokenizer = self.get_tokenizer()
+        if tokenizer is None:
+            raise ValueError("chat needs a tokenizer (skip_tokenizer_init=True was given); use generate with token ids")
+        if chat_template is None and tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template; give one with chat_template=, or use generate")
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        prompts = []
+        for conversation in [messages] if single else messages:
+            try:
+                text = tokenizer.apply_chat_template(
+                    conversation,
+                    tools=tools,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **(chat_template_kwargs or {}),
+                )
+            except Exception as error:  # a template is a program of its own, and may raise anything
+                raise ValueError(f"the chat template refuses {reprlib.repr(conversation)}: {error}") from error
+            # The template writes the special tokens itself.
+            prompts.append({"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _run(self, finished: dict[str, RequestOutput], total: int, use_tqdm: bool) -> None:
         num_input = num_output = 0

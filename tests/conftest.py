@@ -9,6 +9,11 @@ from tiny_models import ARCHITECTURES, tiny_model
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Longer runs of what is drawn at random."""
+    parser.addoption("--schedules", type=int, default=20_000, help="random schedules without a model (default: 20,000)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none, and say so."""
     if not torch.cuda.is_available():

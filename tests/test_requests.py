@@ -274,6 +274,38 @@ def test_a_shared_beginning_is_computed_once(folders):
     assert [off.generate(first, GREEDY)[0].num_cached_tokens for _ in range(2)] == [0, 0]
 
 
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = """{% for m in messages %}{{ m.role.upper() }}:
+{{ m.content }}
+
+{% endfor %}{% if add_generation_prompt %}ROMEO:
+{% endif %}"""
+
+
+def test_chat_is_generate_over_the_template(tiny):
+    conversation = [{"role": "Juliet", "content": "What man art thou?"}]
+    (expected,) = tiny.generate(
+        {
+            "prompt_token_ids": tiny.get_tokenizer()(
+                "JULIET:\nWhat man art thou?\n\nROMEO:\n", add_special_tokens=False
+            )["input_ids"]
+        },
+        GREEDY,
+    )
+    (one,) = tiny.chat(conversation, GREEDY, chat_template=TEMPLATE)
+    assert (one.prompt_token_ids, one.outputs) == (expected.prompt_token_ids, expected.outputs)
+    two = tiny.chat([conversation, conversation * 2], GREEDY, chat_template=TEMPLATE)
+    assert len(two) == 2
+    assert two[0].outputs == expected.outputs
+    (open_ended,) = tiny.chat(conversation, GREEDY, chat_template=TEMPLATE, add_generation_prompt=False)
+    assert len(open_ended.prompt_token_ids) < len(one.prompt_token_ids)
+    with pytest.raises(ValueError, match="no chat template; give one"):
+        tiny.chat(conversation, GREEDY)
+    with pytest.raises(ValueError, match="the chat template refuses"):
+        tiny.chat(conversation, GREEDY, chat_template="{{ raise_exception('no') }}")
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The scheduler over tagged memory: random workloads, every read checked, every request ends as if it were alone."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +59,58 @@ def most_blocks(w: Wanted, block_size: int) -> int:
     return shared + w.n * (blocks_for(len(w.prompt) + w.max_tokens - 1, block_size) - shared)
 
 
-@settings(max_examples=2000, deadline=None)
+def random_simulation(seed: int) -> Simulation:
+    """The same without Hypothesis: it shrinks nothing and draws forty times as many."""
+    rng = random.Random(seed)
+    block_size = rng.randint(1, 9)
+    stem = [rng.randrange(50) for _ in range(25)]
+    wanted = [
+        Wanted(
+            prompt=stem[: rng.choice((0, 0, rng.randint(0, 25)))]
+            + [rng.randrange(50) for _ in range(rng.randint(1, 30))],
+            max_tokens=rng.randint(1, 25),
+            arrives=rng.randint(0, 20),
+            aborted=rng.choice((None, None, rng.randint(0, 30))),
+            n=rng.choice((1, 1, 1, 2, 3)),
+            priority=rng.randint(-1, 1),
+            salt=rng.choice((None, None, "salt")),
+        )
+        for _ in range(rng.randint(1, 8))
+    ]
+    wanted.sort(key=lambda w: w.arrives)
+    longest = max(len(w.prompt) + w.max_tokens for w in wanted)
+    chunked = rng.random() < 0.7
+    scheduler = Scheduler(
+        num_blocks=2 + max(most_blocks(w, block_size) for w in wanted) + rng.randint(0, 20),
+        block_size=block_size,
+        max_num_seqs=max(w.n for w in wanted) + rng.randint(0, 6),
+        max_num_batched_tokens=rng.randint(1, 60) if chunked else longest + rng.randint(0, 60),
+        enable_chunked_prefill=chunked,
+        long_prefill_token_threshold=rng.choice((0, 0, 1, 5)) if chunked else 0,
+        policy=rng.choice(("fcfs", "priority")),
+        enable_prefix_caching=rng.random() < 0.6,
+        sliding_window=rng.choice((None, None, rng.randint(1, 20))),
+        spare_blocks_per_seq=rng.randint(0, 2),
+    )
+    return Simulation(scheduler, wanted, eos=rng.choice((None, rng.randrange(50))))
+
+
+def test_many_random_schedules(pytestconfig):
+    """`--schedules N` runs more than the 20,000 of every test run."""
+    preemptions = cached = 0
+    for seed in range(pytestconfig.getoption("--schedules")):
+        try:
+            simulation = random_simulation(seed).run()
+            simulation.check_outputs()
+        except AssertionError as error:
+            raise AssertionError(f"random_simulation({seed}): {error}") from error
+        preemptions += simulation.scheduler.num_preemptions
+        cached += sum(request.num_cached_tokens or 0 for request in simulation.requests.values())
+    assert preemptions > 0, "the pools have to be too small, or nothing was tested"
+    assert cached > 0
+
+
+@settings(max_examples=500, deadline=None)
 @given(simulations())
 def test_every_read_is_right_and_every_request_ends(simulation):
     simulation.run().check_outputs()
