@@ -9,14 +9,16 @@ All tokens of a step lie one after another, whoever they belong to. Three rows o
                 `---------- group 0 ------'  `------- group 1 -------'
 
 Rows with one token and rows with many are attended apart, each kind padded to its own longest, so that a long prompt
-does not make every decode beside it as wide as itself. A form of attention that pads queries too (gathered) gets every
-prompt as a group of its own; one that does not (fused) gets them in one, which keeps the number of graphs at two.
+does not make every decode beside it as wide as itself. A form of attention that copies contexts (gathered, eager) gets
+finer groups: every prompt alone, and decodes with others whose contexts are at most twice theirs. One that does
+not (fused) gets two groups at most, which keeps the number of graphs at two.
 
 The builder keeps one persistent row per sequence for what changes rarely (the block table, the sampling wishes) and
 replays on it what the Step says has changed.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +30,9 @@ from paged.blocks import NULL_BLOCK, BlockCopy, blocks_for
 from paged.sampling.sampler import SamplingInputs
 from paged.step import Step
 from paged.wishes import Wishes
+
+# Contexts up to here are not worth a group of their own: the calls would cost more than the padding.
+SHORT_CONTEXT = 64
 
 
 class AttentionGroup(NamedTuple):
@@ -100,7 +105,7 @@ class BatchBuilder:
         block_size: tokens a block holds.
         vocab_size: what "all tokens" means as a top_k.
         device: where the Batches' tensors go.
-        prompts_apart: make each row of many tokens a group of its own.
+        fine_groups: make groups in which little is padded, however many that makes.
 
     Example: a prompt of three tokens in blocks of two, the second block of the pool first.
         >>> from paged.blocks import TableChange
@@ -124,11 +129,11 @@ class BatchBuilder:
         block_size: int,
         vocab_size: int,
         device: str | torch.device,
-        prompts_apart: bool = False,
+        fine_groups: bool = False,
     ) -> None:
         self._block_size = block_size
         self._device = torch.device(device)
-        self._prompts_apart = prompts_apart
+        self._fine_groups = fine_groups
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
         self._wishes = Wishes(max_num_seqs, vocab_size, self._device)
 
@@ -150,8 +155,7 @@ class BatchBuilder:
         blocks = self._block_tables[rows[owner], positions // self._block_size].astype(np.int64)
         slots = blocks * self._block_size + positions % self._block_size
 
-        prompts = range(step.num_single, len(rows)) if self._prompts_apart else [step.num_single]
-        borders = sorted({0, *prompts, len(rows)})
+        borders = sorted({0, step.num_single, len(rows), *self._fine_borders(step)})
         groups = tuple(
             self._group(rows[i:j], starts[i:j] + lengths[i:j], first_tokens[i : j + 1])
             for i, j in itertools.pairwise(borders)
@@ -184,6 +188,16 @@ class BatchBuilder:
             token_ids: [S] int64.
         """
         self._wishes.count(batch.sampled_rows, token_ids)
+
+    def _fine_borders(self, step: Step) -> Iterator[int]:
+        """Rows at which a group should begin so that little is padded: each prompt, and decodes twice as long."""
+        if self._fine_groups:
+            yield from range(step.num_single, len(step.rows))
+            longest = 0
+            for i, row in enumerate(step.rows[: step.num_single]):
+                if row.end > longest:
+                    yield i
+                    longest = max(2 * row.end, SHORT_CONTEXT)
 
     def _replay(self, step: Step) -> None:
         """Bring the persistent rows up to date."""

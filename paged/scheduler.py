@@ -51,6 +51,8 @@ class _Draft:
         self.preempted.append(request.request_id)
 
     def finish(self) -> Step:
+        # In order of length, so that whoever pads contexts to the longest can take neighbours together.
+        self.singles.sort(key=lambda row: row.start)
         rows = (*self.singles, *self.chunks)
         copies = tuple(copy for row in rows if row.table_change is not None for copy in row.table_change.copies)
         return Step(rows, tuple(self.admissions), copies, tuple(self.preempted))

@@ -80,8 +80,8 @@ class Step:
     """The plan of one forward pass.
 
     Attributes:
-        rows: what each sequence computes. Those with a single token come first, so that the two kinds of attention,
-            one query against a context and many, are two contiguous parts of the batch.
+        rows: what each sequence computes. Those with a single token come first, in order of length, so that rows of a
+            kind (one query against a context of about that length, or many queries) lie beside each other.
         admissions: rows handed out since the last step.
         copies: blocks to copy before anything is written.
         preempted: requests whose blocks were taken away to make this step possible.

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged.batch import BatchBuilder
-from paged.blocks import blocks_for
+from paged.blocks import TableChange, blocks_for
 from paged.request import Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
+from paged.step import Admission, RowPlan, Sample, Step
 
 VOCAB = 50
 
@@ -21,7 +22,7 @@ VOCAB = 50
     st.integers(0, 10),
     st.booleans(),
 )
-def test_every_tensor_of_every_step(block_size, lengths, spare, prompts_apart):
+def test_every_tensor_of_every_step(block_size, lengths, spare, fine_groups):
     """Drive the scheduler through whole runs, preemptions included, and look every number up by hand."""
     most = max(blocks_for(n + m - 1, block_size) for n, m in lengths)
     s = Scheduler(
@@ -37,7 +38,7 @@ def test_every_tensor_of_every_step(block_size, lengths, spare, prompts_apart):
         block_size=block_size,
         vocab_size=VOCAB,
         device="cpu",
-        prompts_apart=prompts_apart,
+        fine_groups=fine_groups,
     )
     requests = {}
     for i, (prompt, max_tokens) in enumerate(lengths):
@@ -53,7 +54,10 @@ def test_every_tensor_of_every_step(block_size, lengths, spare, prompts_apart):
         rows = [(g, b) for g, group in enumerate(attention.groups) for b in range(len(group.seq_lens))]
         assert len(rows) == len(step.rows)
         num_prompts = len(step.rows) - step.num_single
-        assert len(attention.groups) == (step.num_single > 0) + (num_prompts if prompts_apart else num_prompts > 0)
+        if fine_groups:
+            assert all(len(group.seq_lens) == 1 for group in attention.groups if group.max_query_len > 1)
+        else:
+            assert len(attention.groups) == (step.num_single > 0) + (num_prompts > 0)
         for (g, b), row in zip(rows, step.rows, strict=True):
             group = attention.groups[g]
             table = requests[row.request_id].sequences[0].block_table
@@ -84,3 +88,22 @@ def test_every_tensor_of_every_step(block_size, lengths, spare, prompts_apart):
         assert sampling.all_greedy == all(w.greedy for w in wishes)
         assert sampling.any_truncated == any(w.top_k or w.top_p < 1 for w in wishes)
         s.update(step, [1] * len(sampling_rows))
+
+
+def test_decodes_of_about_the_same_length_are_grouped():
+    """Up to 64, then each group up to twice its shortest."""
+    lengths = [3, 30, 60, 100, 190, 300, 900, 5000]
+    for fine_groups, expected in ((True, [[3, 30, 60], [100, 190], [300], [900], [5000]]), (False, [lengths])):
+        builder = BatchBuilder(
+            max_num_seqs=8, max_model_len=8192, block_size=16, vocab_size=VOCAB, device="cpu", fine_groups=fine_groups
+        )
+        rows = tuple(
+            RowPlan(str(i), 0, i, n - 1, (1,), TableChange(0, (1,) * blocks_for(n, 16)), (Sample(i),))
+            for i, n in enumerate(lengths)
+        )
+        admissions = tuple(Admission(i, SamplingParams(), 0) for i in range(8))
+        batch = builder.build(Step(rows, admissions))
+        assert [group.seq_lens.tolist() for group in batch.attention.groups] == expected
+        assert [group.block_tables.shape[1] for group in batch.attention.groups] == [
+            blocks_for(max(group), 16) for group in expected
+        ]

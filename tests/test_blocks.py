@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged.blocks import BlockError, BlockPool, BlockTable, OutOfBlocks, blocks_for
+from paged.blocks import BlockError, BlockPool, BlockTable, CachedBlock, OutOfBlocks, PrefixCache, blocks_for
 from reference.tagged_memory import TaggedMemory
 
 # (what, which table, how many tokens); the numbers are taken modulo what exists.
@@ -147,3 +147,63 @@ def test_running_out_takes_nothing():
 def test_a_pool_needs_a_usable_block(num_blocks):
     with pytest.raises(ValueError, match="has none to use"):
         BlockPool(num_blocks)
+
+
+def cached(pool: BlockPool, cache: PrefixCache, tokens: list[int], salt: str | None = None) -> list[int]:
+    """Publish the full blocks of some tokens and let go of them; returns the blocks."""
+    blocks = pool.allocate(len(tokens) // 2)
+    cache.publish([], tokens, blocks, len(tokens), salt)
+    for block in reversed(blocks):
+        pool.release(block)
+    return blocks
+
+
+def found(cache: PrefixCache, tokens: list[int], salt: str | None = None) -> list[int]:
+    return [entry.block for entry in cache.lookup(tokens, salt)]
+
+
+def test_a_beginning_is_found_with_its_own_salt_only():
+    pool = BlockPool(num_blocks=20)
+    cache = PrefixCache(pool, block_size=2)
+    plain = cached(pool, cache, [1, 2, 3, 4])
+    salted = cached(pool, cache, [1, 2, 3, 4], "salt")
+    assert found(cache, [1, 2, 3, 4, 5]) == plain
+    assert found(cache, [1, 2, 3, 4, 5], "salt") == salted
+    assert found(cache, [1, 2, 3, 4, 5], "other") == []
+    assert found(cache, [1, 2, 9, 4, 5]) == plain[:1]
+    assert found(cache, [9, 2, 3, 4, 5]) == []
+
+
+def test_a_collision_is_a_miss():
+    """Two beginnings with one key: what is found is compared, and the later one takes the key over."""
+    pool = BlockPool(num_blocks=20)
+    cache = PrefixCache(pool, block_size=2)
+    cached(pool, cache, [1, 2])
+    (entry,) = cache.lookup([1, 2, 3])
+    key = hash((hash(None), (7, 8)))
+    cache._by_key[key] = CachedBlock(key, None, (1, 2), entry.block)
+    assert found(cache, [7, 8, 9]) == []
+    # Likewise for the same tokens behind another parent.
+    cached(pool, cache, [5, 6, 3, 4])
+    first, second = cache.lookup([5, 6, 3, 4, 0])
+    twin = CachedBlock(second.key, entry, second.token_ids, second.block)
+    cache._by_key[second.key] = twin
+    assert found(cache, [5, 6, 3, 4, 0]) == [first.block]
+
+
+def test_the_block_let_go_first_is_given_up_first():
+    pool = BlockPool(num_blocks=6)  # four usable
+    cache = PrefixCache(pool, block_size=2)
+    old = cached(pool, cache, [1, 2, 3, 4])
+    cached(pool, cache, [5, 6])
+    assert pool.cached_blocks == [old[1], old[0], 3], "the end of a chain before its beginning"
+    pool.allocate(2)  # the one block that was never used, and then the oldest
+    assert found(cache, [1, 2, 3, 4, 5]) == old[:1]
+    assert found(cache, [5, 6, 7]) == [3]
+    pool.share(old[0])  # somebody reads it again: it is not given up
+    pool.allocate(1)
+    assert found(cache, [1, 2, 3]) == old[:1]
+    assert found(cache, [5, 6, 7]) == []
+    cache.reset()
+    assert found(cache, [1, 2, 3]) == []
+    assert len(cache) == 0

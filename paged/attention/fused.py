@@ -22,6 +22,7 @@ from paged.attention.scores import (
     check_arguments,
     compute_dtype,
     dequantised,
+    nothing_seen,
     place_tokens,
     softmax_with_sink,
     visible_keys,
@@ -54,6 +55,8 @@ def paged_attention(
     num_kv_heads = key_cache.shape[2]
     group = num_heads // num_kv_heads
     dtype = compute_dtype(query)
+    if block_tables.shape[1] == 0:
+        return nothing_seen(query, value_cache.shape[3], dtype)
     tokens = place_tokens(num_tokens, seq_lens, query_start_loc)
     tables = block_tables[tokens.sequence]  # [T, M]
 
@@ -73,4 +76,5 @@ def paged_attention(
     # A weight of 0 does not silence what lies in an unused slot: 0 * NaN is NaN. So it is taken out of V as well.
     value = torch.where(visible[:, None, None, :, None], value, 0.0)
     out = (weights[..., None] * value).sum(dim=3)  # [T, Hkv, G, Dv]
+    out = torch.where(lse[..., None] > -torch.inf, out, 0.0)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)

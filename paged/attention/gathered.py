@@ -16,6 +16,7 @@ from paged.attention.scores import (
     check_arguments,
     compute_dtype,
     dequantised,
+    nothing_seen,
     place_tokens,
     softmax_with_sink,
     visible_keys,
@@ -80,8 +81,8 @@ def paged_attention(
     num_kv_heads = key_cache.shape[2]
     group = num_heads // num_kv_heads
     dtype = compute_dtype(query)
-    if num_tokens == 0:
-        return query.new_empty(0, num_heads, value_cache.shape[3]), query.new_empty(0, num_heads, dtype=dtype)
+    if num_tokens == 0 or block_tables.shape[1] == 0:
+        return nothing_seen(query, value_cache.shape[3], dtype)
     if max_query_len is None:
         max_query_len = int(query_start_loc.diff().max())
     max_query_len = max(1, max_query_len)
@@ -112,9 +113,8 @@ def paged_attention(
     # Back to packed tokens.
     tokens = place_tokens(num_tokens, seq_lens, query_start_loc)
     place = (tokens.sequence, slice(None), slice(None), tokens.offset.clamp(max=max_query_len - 1))
-    real = tokens.real[:, None]
-    out = torch.where(real[..., None], out[place].flatten(1, 2), 0.0)  # [T, Hq, Dv]
-    lse = torch.where(real, lse[place].flatten(1, 2), -torch.inf)  # [T, Hq]
+    lse = torch.where(tokens.real[:, None], lse[place].flatten(1, 2), -torch.inf)  # [T, Hq]
+    out = torch.where(lse[..., None] > -torch.inf, out[place].flatten(1, 2), 0.0)  # [T, Hq, Dv]
     return out.to(query.dtype), lse
 
 
@@ -147,8 +147,6 @@ def clear_unused(value: Tensor, seq_lens: Tensor, *, block_size: int) -> None:
         block_size: P.
     """
     num_sequences, num_keys = value.shape[:2]
-    if num_keys == 0:
-        return
     last = (seq_lens - 1).clamp(min=0) // block_size * block_size  # [B] first slot of the last block
     slots = (last[:, None] + torch.arange(block_size, device=value.device)).clamp(max=num_keys - 1)  # [B, P]
     rows = torch.arange(num_sequences, device=value.device)[:, None]

@@ -133,10 +133,11 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Ten
     """Weights of the keys, and the log-sum-exp of their scores.
 
     A sink is one more logit in the denominator that no value belongs to. The log-sum-exp leaves it out, so that parts
-    of a context can be merged; a row that sees no key has weights 0 and log-sum-exp -inf.
+    of a context can be merged. A row that sees no key has log-sum-exp -inf, and weights that are no numbers: whoever
+    uses them puts 0 in place of what comes out (that is a smaller tensor).
 
     Args:
-        scores: [..., K], -inf where a key is not visible.
+        scores: [..., K], -inf where a key is not visible; K at least 1.
         sinks: broadcasts to [...], or None.
 
     Returns:
@@ -147,10 +148,21 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Ten
         >>> weights, lse.exp()
         (tensor([[0.3333, 0.3333]]), tensor([2.]))
     """
-    lse = scores.logsumexp(dim=-1)
-    total = lse if sinks is None else torch.logaddexp(lse, sinks)
-    total = torch.where(total == -torch.inf, 0.0, total)  # exp(-inf - 0) is 0, exp(-inf + inf) would be NaN
-    return torch.exp(scores - total[..., None]), lse
+    weights = scores.softmax(dim=-1)
+    # The largest weight is exp(largest score - lse). Read backwards, that is two passes over the scores less than
+    # torch.logsumexp makes.
+    largest = scores.amax(dim=-1)
+    lse = torch.where(largest == -torch.inf, largest, largest - weights.amax(dim=-1).log())
+    if sinks is not None:
+        weights = weights * torch.exp(lse - torch.logaddexp(lse, sinks))[..., None]
+    return weights, lse
+
+
+def nothing_seen(query: Tensor, value_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What attention over no key at all gives: out [T, Hq, Dv] of zeros and lse [T, Hq] of -inf."""
+    num_tokens, num_heads = query.shape[:2]
+    lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=dtype, device=query.device)
+    return query.new_zeros(num_tokens, num_heads, value_dim), lse
 
 
 def by_head(per_query_head: Tensor | None, heads: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:

@@ -79,7 +79,7 @@ class ModelRunner:
             block_size=config.block_size,
             vocab_size=loaded.vocab_size,
             device=loaded.device,
-            prompts_apart=self._eager and self.attention_form == "gathered",
+            fine_groups=self._eager and self.attention_form == "gathered",
         )
 
         def run_largest_steps() -> None:
