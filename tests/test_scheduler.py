@@ -315,6 +315,16 @@ def test_a_step_in_flight_outlives_an_abort():
     assert b.sequences[0].output_token_ids == [2]
 
 
+def test_samples_whose_prompt_is_found_whole_begin_before_its_blocks_are_dropped():
+    """Preempted, and admitted again with the prompt in the cache: the leader goes on at once, and a window behind it."""
+    s = scheduler(
+        num_blocks=5, block_size=3, max_num_seqs=3, sliding_window=2, spare_blocks_per_seq=0, enable_prefix_caching=True
+    )
+    simulation = Simulation(s, [Wanted([0, 0], 2), Wanted([0, 0, 0], 3, n=2)]).run()
+    simulation.check_outputs()
+    assert s.num_preemptions == 1
+
+
 def test_what_can_never_run_is_refused():
     s = scheduler(enable_chunked_prefill=False)
     with pytest.raises(
