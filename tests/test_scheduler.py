@@ -316,7 +316,7 @@ def test_a_step_in_flight_outlives_an_abort():
 
 
 def test_samples_whose_prompt_is_found_whole_begin_before_its_blocks_are_dropped():
-    """Preempted, and admitted again with the prompt in the cache: the leader goes on at once, and a window behind it."""
+    """Preempted, then admitted again with the prompt in the cache: the leader goes on at once, a window behind it."""
     s = scheduler(
         num_blocks=5, block_size=3, max_num_seqs=3, sliding_window=2, spare_blocks_per_seq=0, enable_prefix_caching=True
     )
