@@ -410,7 +410,6 @@ class Scheduler:
             self._give_back(sequence)
             sequence.num_discarded_tokens = max(sequence.num_discarded_tokens, sequence.num_computed_tokens)
             sequence.num_computed_tokens = 0
-            sequence.chain = []
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
