@@ -156,8 +156,9 @@ class Engine:
         try:
             result = self.runner.run(step)
         except Exception:
+            names = dict.fromkeys(row.request_id for row in step.rows)
             logger.exception("a step of %d tokens failed; its requests end with an error", step.num_tokens)
-            failed = [self.scheduler.abort(name, FinishReason.ERROR) for name in {row.request_id for row in step.rows}]
+            failed = [self.scheduler.abort(name, FinishReason.ERROR) for name in names]
             return [self._output(request) for request in failed if request is not None]
         self._take_prompt_logprobs(step, result)
         grown: dict[str, Request] = {}

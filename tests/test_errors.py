@@ -204,7 +204,7 @@ REFUSED = {
     ),
     "phimoe": (
         {**SMALL, "intermediate_size": 64, "num_local_experts": 2, "num_key_value_heads": 2, "sliding_window": 7},
-        "2 layers have a sliding window and 0 of them tell",
+        "2 of the layers have a sliding window, and 0 tell",
     ),
     "qwen2_moe": (
         {
@@ -216,7 +216,7 @@ REFUSED = {
             "sliding_window": 7,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        "1 layers have a sliding window and 0 of them tell",
+        "1 of the layers have a sliding window, and 0 tell",
     ),
     "nemotron": (
         {**SMALL, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 2},

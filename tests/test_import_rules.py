@@ -62,34 +62,27 @@ def within(name: str, rooms: tuple[str, ...]) -> bool:
     return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
-def torch_in_integer_rooms(root: Path) -> list[str]:
+def forbidden(root: Path, rooms: tuple[str, ...], targets: tuple[str, ...], but: tuple[str, ...] = ()) -> list[str]:
+    """Imports of `targets` in `rooms`, those in the rooms `but` left out."""
     return [
         f"{name}:{line} imports {what}"
         for name, _, tree in modules(root)
-        if within(name, INTEGER_ROOMS)
+        if within(name, rooms) and not within(name, but)
         for line, what in imports(tree)
-        if within(what, ("torch", "numpy", "transformers"))
+        if within(what, targets)
     ]
+
+
+def torch_in_integer_rooms(root: Path) -> list[str]:
+    return forbidden(root, INTEGER_ROOMS, ("torch", "numpy", "transformers"))
 
 
 def reference_knows_paged(root: Path) -> list[str]:
-    return [
-        f"{name}:{line} imports {what}"
-        for name, _, tree in modules(root)
-        if within(name, ("reference",))
-        for line, what in imports(tree)
-        if within(what, ("paged",))
-    ]
+    return forbidden(root, ("reference",), ("paged",))
 
 
 def engine_knows_reference(root: Path) -> list[str]:
-    return [
-        f"{name}:{line} imports {what}"
-        for name, _, tree in modules(root)
-        if within(name, ("paged",)) and not within(name, MAY_IMPORT_REFERENCE)
-        for line, what in imports(tree)
-        if within(what, ("reference",))
-    ]
+    return forbidden(root, ("paged",), ("reference",), but=MAY_IMPORT_REFERENCE)
 
 
 def late_imports(root: Path) -> list[str]:

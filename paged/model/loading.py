@@ -217,6 +217,6 @@ def _load_tokenizer(source: str, config: EngineConfig) -> PreTrainedTokenizerBas
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, with its kind where it says little, without the advice that follows."""
+    """An error in one line: its kind, and what it says before it gives advice."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -120,8 +120,8 @@ def check_windows(config: PretrainedConfig, windows: Sequence[int | None]) -> No
     brought = sum(window is not None for window in windows)
     if brought < expected:
         raise UnsupportedModel(
-            f"{config.model_type}: {expected} layers have a sliding window and {brought} of them tell the attention "
-            "function; the others keep it in a mask that the attention function never sees"
+            f"{config.model_type}: by its config {expected} of the layers have a sliding window, and {brought} tell "
+            "the attention function; the others keep it in a mask that the attention function never sees"
         )
 
 
