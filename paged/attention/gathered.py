@@ -114,7 +114,8 @@ def paged_attention(
     tokens = place_tokens(num_tokens, seq_lens, query_start_loc)
     place = (tokens.sequence, slice(None), slice(None), tokens.offset.clamp(max=max_query_len - 1))
     lse = torch.where(tokens.real[:, None], lse[place].flatten(1, 2), -torch.inf)  # [T, Hq]
-    out = torch.where(lse[..., None] > -torch.inf, out[place].flatten(1, 2), 0.0)  # [T, Hq, Dv]
+    # Only where nothing was seen: a NaN among the keys makes lse NaN, and the output must not become 0 then.
+    out = torch.where(lse[..., None] == -torch.inf, 0.0, out[place].flatten(1, 2))  # [T, Hq, Dv]
     return out.to(query.dtype), lse
 
 
