@@ -12,12 +12,13 @@ vector, that is each token and head, brings a scale of its own, its largest numb
 How far a number can be from what is read for it:
 
     fp8    max(2^-4 * |number|, 2^-10 * scale)    up to 448 * scale, and clamped to that beyond
-    int8   (1/2 + 2^-15) * scale
+    int8   (1/2 + 2^-13) * scale
 
 The fp8 scales are powers of two, so dividing and multiplying by them is exact, and rounding to three bits of mantissa
 is all the error there is: half a unit in the last place, which below 2^-6 stays 2^-9. For int8, dividing by 127 and by
-the scale and multiplying by the scale each round at 2^-24 a number of up to 127 scales: together less than 2^-15 of a
-scale beside the half.
+the scale and multiplying by the scale each err by at most 2^-22 of a number of up to 127 scales (two units in the last
+place, which is what compiled code on a GPU may take for a division): together less than 2^-13 of a scale beside the
+half.
 
 What is not a finite number comes back as NaN, never as a number that could be believed.
 """

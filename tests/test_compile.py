@@ -143,7 +143,12 @@ def test_a_quantised_cache_is_written_and_read_in_place(kind):
     assert not [n for n in buffer_sizes(codes) if n % (N * P) == 0], "one number for each slot: the scales of a pool"
     torch.testing.assert_close(out, run(layer, copies, copies[2:] or scales))
     for cache, copy in zip(stored, copies, strict=True):
-        assert torch.equal(cache.view(torch.uint8), copy.view(torch.uint8)), "the compiled write is not the eager one"
+        if cache.dtype == torch.float32:  # the scales of int8, a NaN among them
+            torch.testing.assert_close(cache, copy, rtol=2.0**-22, atol=0, equal_nan=True)
+        else:
+            assert torch.equal(cache.view(torch.uint8), copy.view(torch.uint8)), (
+                "the compiled write is not the eager one"
+            )
 
 
 def test_the_detector_sees_a_copied_pool():

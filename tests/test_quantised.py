@@ -2,7 +2,7 @@
 
 The bounds, none of them tuned. An element is read back within (paged/quantisation.py)
 
-    fp8    max(2^-4 |x|, 2^-10 scale)    up to 448 * scale        int8    (1/2 + 2^-15) scale
+    fp8    max(2^-4 |x|, 2^-10 scale)    up to 448 * scale        int8    (1/2 + 2^-13) scale
 
 Attention then moves as follows. A score of query q and key j moves by at most eta_j = scale * sum_i |q_i| |dk_ji|, also
 behind a softcap, whose slope is at most 1, and with ALiBi added. If no score moves by more than eta, no weight p_j
@@ -85,7 +85,7 @@ def test_int8_is_the_nearest_code_within_the_bound(numbers):
         assert read.isnan().all()
         return
     assert codes.abs().max() <= 127
-    bound = (0.5 + 2.0**-15) * scales.double()[..., None] + 2.0**-119 * (scales[..., None] < 2.0**-126)
+    bound = (0.5 + 2.0**-13) * scales.double()[..., None] + 2.0**-119 * (scales[..., None] < 2.0**-126)
     assert ((read - x.double()).abs() <= bound).all()
     if scales.item() >= 2.0**-126:
         np.testing.assert_array_equal(read.numpy(), read_back_int8(x.numpy()))
@@ -160,7 +160,7 @@ class StoredCase(Case):
         size = numbers.double().abs()
         if self.kind.startswith("int8"):
             own_scale = size.amax(dim=-1, keepdim=True) / 127 * (1 + 2.0**-23)
-            return ((0.5 + 2.0**-15) * own_scale).expand_as(size)
+            return ((0.5 + 2.0**-13) * own_scale).expand_as(size)
         assert (size <= 448 * scale[..., None]).all(), "nothing is clamped here"
         return torch.maximum(2.0**-4 * size, 2.0**-10 * scale.double()[..., None].expand_as(size))
 
