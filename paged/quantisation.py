@@ -100,7 +100,7 @@ def to_int8(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """
     numbers = numbers.float()
     scales = numbers.abs().amax(dim=-1) / INT8_MAX
-    # Quotients that are no number become code 0. In a vector of zeros that is right; in one with NaN or inf so is the
-    # scale, and 0 * NaN and 0 * inf are NaN.
+    # What NaN becomes as an integer is undefined, so quotients that are no number become code 0. In a vector of zeros
+    # that is right; in one with NaN or inf so is the scale, and 0 * NaN and 0 * inf are NaN.
     quotients = (numbers / scales[..., None]).nan_to_num(nan=0.0)
     return quotients.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales

@@ -57,10 +57,22 @@ def experts_in_float64(monkeypatch):
 
 @pytest.fixture(scope="module")
 def float64_folders(tmp_path_factory):
+    """Models whose values are much smaller than their keys, those of the first head most of all.
+
+    Nothing else changes, since the output projection makes up for it; but a scale that belongs to something else shows.
+    """
     folders = {}
     for name in ("llama", "gemma2", "gpt_oss"):
+        model = build(name, torch.float64)
+        for layer in model.model.layers:
+            values, outputs = layer.self_attn.v_proj, layer.self_attn.o_proj
+            for head, size in enumerate((2.0**-24, 2.0**-10)):
+                rows, columns = slice(16 * head, 16 * (head + 1)), slice(48 * head, 48 * (head + 1))
+                for parameter in values.parameters():
+                    parameter.data[rows] *= size
+                outputs.weight.data[:, columns] /= size
         folders[name] = tmp_path_factory.mktemp(name)
-        build(name, torch.float64).save_pretrained(folders[name])
+        model.save_pretrained(folders[name])
     return folders
 
 
