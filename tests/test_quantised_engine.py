@@ -150,6 +150,22 @@ def test_fp8_scales_fit_what_the_model_computes(kind, float64_folders):
             assert scale.shape == largest.shape
             assert (448 * scale / largest >= 2).all()
             assert (448 * scale / largest <= 4).all()
+    short = load(float64_folders["gemma2"], dtype="float64", kv_cache_dtype=kind, max_model_len=4)
+    for scales, same in zip(fp8_scales(llm), fp8_scales(short), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(scales, same, strict=True)), "no setting changes the scales"
+
+
+def test_a_broken_token_does_not_spoil_the_scales(float64_folders, tmp_path):
+    """Whoever does not use it is served as without it; whoever does, gets an error."""
+    model = AutoModelForCausalLM.from_pretrained(float64_folders["llama"], dtype=torch.float64)
+    model.get_input_embeddings().weight.data[-1] = torch.nan  # of 128: the prompts stay below 100
+    model.save_pretrained(tmp_path)
+    whole, broken = (load(folder, kv_cache_dtype="fp8") for folder in (float64_folders["llama"], tmp_path))
+    params = SamplingParams(temperature=0, max_tokens=4)
+    prompts = as_prompts(token_prompts([5, 20]))
+    assert tokens_of(broken.generate(prompts, params)) == tokens_of(whole.generate(prompts, params))
+    (output,) = broken.generate(as_prompts([[5, 127]]), params)
+    assert output.outputs[0].finish_reason == "error"
 
 
 def test_without_quantisation_there_are_no_scales(float64_folders):

@@ -35,10 +35,10 @@ def _attend_and_measure(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend over one contiguous sequence, and leave scales for its K and V on the module."""
+    # A token that overflows, as rarely trained ones may in half precision, must spoil neither scales nor other tokens.
+    key, value = (numbers.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for numbers in (key, value))
     for name, numbers in (("key_scale", key), ("value_scale", value)):
-        # One token that overflows, as rarely trained ones do in half precision, must not spoil the scale of all others.
-        finite = torch.where(numbers.isfinite(), numbers.abs(), 0.0)
-        largest = finite.amax(dim=(0, 2, 3)) if scale_per_head else finite.amax()
+        largest = numbers.abs().amax(dim=(0, 2, 3)) if scale_per_head else numbers.abs().amax()
         module.register_buffer(name, fp8_scale(largest), persistent=False)
     length = query.shape[2]
     out = paged_attention(
