@@ -29,7 +29,7 @@ from torch import Tensor
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 # How much larger than anything seen at start a number may be before it is clamped. It costs nothing: e4m3 keeps its
-# relative precision down to 2^-6 of the scale, so with this, too, down to a 28,000th of the largest number seen.
+# relative precision down to 2^-6 of the scale, and that is less than a 7,000th of the largest number seen even so.
 FP8_HEADROOM = 2.0
 
 

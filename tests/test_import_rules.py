@@ -33,7 +33,7 @@ LAYERS = (
     ("paged.wishes",),
     ("paged.step", "paged.request"),
     ("paged.kv_pool", "paged.attention", "paged.sampling", "paged.outputs", "paged.config", "paged.blocks"),
-    ("paged.sampling_params",),
+    ("paged.sampling_params", "paged.quantisation"),
 )
 
 Rule = Callable[[Path], list[str]]
