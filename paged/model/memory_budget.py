@@ -65,6 +65,26 @@ def num_blocks_for(
     return int(num_blocks)
 
 
+def num_host_blocks_for(config: EngineConfig, block_bytes: int) -> int:
+    """Blocks of the pool in host memory that preempted requests are swapped to; 0 if they are not.
+
+    What `swap_space` holds, but never more than `max_num_seqs` sequences of `max_model_len` could fill.
+
+    Raises:
+        ValueError: it does not hold one block.
+    """
+    if config.preemption_mode != "swap":
+        return 0
+    assert config.max_model_len is not None, "filled in when the model was loaded"
+    num_blocks = int(config.swap_space * 2**30) // block_bytes
+    if num_blocks <= OVERHEAD_BLOCKS:
+        raise ValueError(
+            f"swap_space={config.swap_space} GiB holds {num_blocks} blocks of {block_bytes:,} bytes, and the null and "
+            f"the trash block take {OVERHEAD_BLOCKS}; give it more, or set preemption_mode='recompute'"
+        )
+    return min(num_blocks, blocks_for(config.max_model_len, config.block_size) * config.max_num_seqs + OVERHEAD_BLOCKS)
+
+
 def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
     """Two Steps that no other outgrows: prompts that fill the token budget, and decodes of sequences at full length.
 
