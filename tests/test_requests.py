@@ -57,6 +57,8 @@ def engine_settings(draw) -> dict:
         "enable_prefix_caching": draw(st.booleans()),
         "spare_blocks_per_seq": draw(st.integers(0, 1)),
         "attention_form": draw(st.sampled_from(["gathered", "fused"])),
+        "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
+        "swap_space": draw(st.sampled_from([1.2e-4, 1])),  # GiB: room for a few blocks, and for all
         "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
     }
 
@@ -83,7 +85,7 @@ def test_settings_change_no_token(name, folders):
     plain = load(folders[name], dtype="float64", enable_prefix_caching=False, max_model_len=64)
     expected = answers(plain.engine, list(range(6)), [0] * 6)
     assert [len(expected[i]) for i in range(6)] == [1, 3, 1, 2, 1, 1]
-    preemptions = []
+    schedulers = []
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -99,11 +101,13 @@ def test_settings_change_no_token(name, folders):
             for i, tokens in found.items():
                 assert tokens == expected[i]
             assert len(found) >= 5
-        preemptions.append(llm.engine.scheduler.num_preemptions)
+        schedulers.append(llm.engine.scheduler)
         assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
 
     check()
-    assert any(preemptions) or name == "mistral", "some of the pools have to be too small"
+    num_swaps = sum(scheduler.num_swaps for scheduler in schedulers)
+    num_preemptions = sum(scheduler.num_preemptions for scheduler in schedulers)
+    assert num_preemptions > num_swaps > 0 or name == "mistral", "some of the pools have to be too small"
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -329,6 +333,27 @@ def test_a_step_that_fails_ends_its_requests_and_nobody_elses(folders, monkeypat
     assert "the device is on fire" in caplog.text
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
     assert tokens_of(llm.generate(as_prompts(prompts), GREEDY)) == expected
+
+
+def test_who_was_swapped_out_by_a_failed_step_is_computed_again(folders, monkeypatch):
+    small = {"num_gpu_blocks_override": 12, "block_size": 4, "spare_blocks_per_seq": 0, "max_model_len": 64}
+    llm = load(folders["llama"], preemption_mode="swap", **small)
+    prompts = token_prompts([9, 9])
+    expected = tokens_of(llm.generate(as_prompts(prompts), GREEDY))
+    assert llm.engine.scheduler.num_swaps > 0
+    run = llm.engine.runner.run
+
+    def failing(step):
+        if step.swap_outs:
+            monkeypatch.setattr(llm.engine.runner, "run", run)
+            raise RuntimeError("the host is on fire")
+        return run(step)
+
+    monkeypatch.setattr(llm.engine.runner, "run", failing)
+    outputs = llm.generate(as_prompts(prompts), GREEDY)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
+    assert tokens_of(outputs)[1] == expected[1]
+    assert llm.engine.scheduler.num_recomputed_tokens > 0
 
 
 def test_logits_that_are_no_numbers_are_an_error_and_not_a_token(folders):
