@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from paged.memory.events import Holding, StepEvent, take_event
-from paged.memory.plots import STACK, PoolHistory, pool_map, shares_over_time, side_by_side
+from paged.memory.plots import LABELS, STACK, PoolHistory, pool_map, shares_over_time, side_by_side
 from paged.memory.states import SlotState, Span, contiguous_frame, paged_frame, shares
 from paged.request import Request
 from paged.sampling_params import SamplingParams
@@ -75,9 +75,11 @@ def test_an_event_is_the_pool_after_the_step_wrote():
     assert (event.num_running, event.num_waiting, event.num_tokens) == (2, 1, 12)
 
 
-def history(name: str, steps: int, num_slots: int = 24) -> PoolHistory:
+def history(
+    name: str, steps: int, num_slots: int = 24, states: tuple[SlotState, ...] = tuple(SlotState)
+) -> PoolHistory:
     generator = np.random.default_rng(steps)
-    frames = [generator.integers(0, len(SlotState), num_slots).astype(np.uint8) for _ in range(steps)]
+    frames = [generator.choice(states, num_slots).astype(np.uint8) for _ in range(steps)]
     stacked = np.array([shares(frame) for frame in frames])
     return PoolHistory(name, frames, stacked, [1] * steps, [2] * steps, "done")
 
@@ -109,6 +111,18 @@ def test_side_by_side_shows_both_at_one_step_and_scale():
         assert f"step {step}: 1 running, 2 waiting" in axes.get_title(loc="left")
     assert {axes.get_xlim() for axes in below} == {(0, 9)}
     assert {axes.get_ylim() for axes in below} == {(0, 1)}
+
+
+@pytest.mark.parametrize("missing", [(), (SlotState.CACHED,), (SlotState.EXTERNAL, SlotState.INTERNAL)])
+def test_the_legend_names_the_states_that_occur(missing):
+    """In the order of the stack, which knows all of them, and within the figure."""
+    occurring = tuple(state for state in STACK if state not in missing)
+    assert sorted((*occurring, *missing)) == sorted(SlotState)
+    figure = side_by_side(history("left", 9, states=occurring), history("right", 4, states=occurring), caption="")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [LABELS[state] for state in occurring]
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().width < figure.bbox.width
 
 
 def test_pools_of_different_sizes_do_not_stand_side_by_side():

@@ -26,6 +26,7 @@ class SlotState(enum.IntEnum):
     INTERNAL = 3  # held, and nobody will read from it or write into it again before it is given back
     EXTERNAL = 4  # free, but in a gap too small for the next request
     OVERHEAD = 5  # the null and the trash block
+    CACHED = 6  # free, and full of K and V that the prefix cache can find again until somebody needs the block
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def shares(frame: Frame) -> npt.NDArray[np.float64]:
 
     Example:
         >>> shares(np.array([1, 1, 3, 0], np.uint8)).tolist()
-        [0.25, 0.5, 0.0, 0.25, 0.0, 0.0]
+        [0.25, 0.5, 0.0, 0.25, 0.0, 0.0, 0.0]
     """
     counts = np.bincount(frame, minlength=len(SlotState))
     assert counts.sum() == frame.size, "every slot is in exactly one state"
