@@ -121,8 +121,8 @@ class LLM:
         """Run requests to their end."""
         if self.engine.has_unfinished_requests:
             raise ValueError(
-                "the engine has unfinished requests that this call did not add; run them to their end with engine.step, "
-                "or abort them"
+                "the engine has unfinished requests that this call did not add; run them to their end with "
+                "engine.step, or abort them"
             )
         request_ids: list[str] = []
         finished: dict[str, RequestOutput] = {}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from paged import LLM, SamplingParams
+from paged import LLM, BeamSearchParams, SamplingParams
 from paged.model.loading import TINY
 from paged.sampling_params import RequestOutputKind
 
@@ -26,7 +26,7 @@ def tiny():
 # --- everything that must not matter ----------------------------------------------------------------------------------
 
 
-PROMPTS = [[7] * 20 + [3], [7] * 20 + [5, 6], *token_prompts([1, 9, 33]), [7] * 21]
+PROMPTS = [[7] * 20 + [3], [7] * 20 + [5, 6], *token_prompts([1, 9, 33]), [7] * 21, [7] * 20 + [3, 9]]
 WISHES = [
     SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=0.9, seed=1, n=3, max_tokens=20, ignore_eos=True, repetition_penalty=1.3),
@@ -34,7 +34,9 @@ WISHES = [
     SamplingParams(temperature=0.7, seed=3, n=2, max_tokens=18, ignore_eos=True, top_k=30, logit_bias={9: 2.0}),
     SamplingParams(temperature=1.0, seed=4, max_tokens=16, ignore_eos=True, top_p=0.9, frequency_penalty=0.4),
     SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, prompt_logprobs=0),
+    BeamSearchParams(3, 11, ignore_eos=True),
 ]
+NUM_SEQUENCES = [1, 3, 1, 2, 1, 1, 3]
 
 
 @st.composite
@@ -45,7 +47,7 @@ def engine_settings(draw) -> dict:
     # The largest request alone: its samples share the full blocks of the prompt.
     shared = [len(prompt) // block_size for prompt in PROMPTS]
     whole = [-(-(len(p) + w.max_tokens - 1) // block_size) for p, w in zip(PROMPTS, WISHES, strict=True)]
-    smallest = max(s + w.n * (b - s) for s, b, w in zip(shared, whole, WISHES, strict=True))
+    smallest = max(s + n * (b - s) for s, b, n in zip(shared, whole, NUM_SEQUENCES, strict=True))
     return {
         "block_size": block_size,
         "max_model_len": longest,
@@ -81,18 +83,18 @@ def answers(engine, order: list[int], priorities: list[int], aborted: int | None
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 def test_settings_change_no_token(name, folders):
-    """In float64, drawn and greedy, with penalties, samples, shared beginnings, preemptions and aborts."""
+    """In float64, drawn, greedy and searched, with penalties, samples, shared beginnings, preemptions and aborts."""
     plain = load(folders[name], dtype="float64", enable_prefix_caching=False, max_model_len=64)
-    expected = answers(plain.engine, list(range(6)), [0] * 6)
-    assert [len(expected[i]) for i in range(6)] == [1, 3, 1, 2, 1, 1]
+    expected = answers(plain.engine, list(range(7)), [0] * 7)
+    assert [len(expected[i]) for i in range(7)] == NUM_SEQUENCES
     schedulers = []
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         engine_settings(),
-        st.permutations(range(6)),
-        st.lists(st.integers(0, 2), min_size=6, max_size=6),
-        st.none() | st.integers(0, 5),
+        st.permutations(range(7)),
+        st.lists(st.integers(0, 2), min_size=7, max_size=7),
+        st.none() | st.integers(0, 6),
     )
     def check(chosen, order, priorities, aborted):
         llm = load(folders[name], dtype="float64", **chosen)
@@ -100,7 +102,7 @@ def test_settings_change_no_token(name, folders):
             found = answers(llm.engine, order, priorities, aborted if again else None)
             for i, tokens in found.items():
                 assert tokens == expected[i]
-            assert len(found) >= 5
+            assert len(found) >= 6
         schedulers.append(llm.engine.scheduler)
         assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_usable
 
