@@ -41,7 +41,7 @@ NUM_SEQUENCES = [1, 3, 1, 2, 1, 1, 3]
 
 @st.composite
 def engine_settings(draw) -> dict:
-    block_size = draw(st.integers(1, 24))
+    block_size = draw(st.integers(1, 64))
     chunked = draw(st.booleans())
     longest = 64
     # The largest request alone: its samples share the full blocks of the prompt.
@@ -51,7 +51,7 @@ def engine_settings(draw) -> dict:
     return {
         "block_size": block_size,
         "max_model_len": longest,
-        "num_gpu_blocks_override": 2 + smallest + draw(st.integers(0, 12)),
+        "num_gpu_blocks_override": 2 + smallest + draw(st.integers(0, 96)) // block_size,
         "max_num_seqs": (seqs := draw(st.integers(3, 6))),
         "max_num_batched_tokens": draw(st.integers(seqs, 40)) if chunked else 100,
         "enable_chunked_prefill": chunked,
@@ -60,46 +60,62 @@ def engine_settings(draw) -> dict:
         "spare_blocks_per_seq": draw(st.integers(0, 1)),
         "attention_form": draw(st.sampled_from(["gathered", "fused"])),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
-        "swap_space": draw(st.sampled_from([1.2e-4, 1])),  # GiB: room for a few blocks, and for all
+        "swap_space": draw(st.sampled_from([block_size * 8 / 2**20, 1])),  # GiB: for a few blocks, for all
         "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
     }
 
 
-def answers(engine, order: list[int], priorities: list[int], aborted: int | None = None) -> dict[int, list[list[int]]]:
-    """The tokens of each request, in whatever order they arrive, one of them perhaps aborted on the way."""
-    for i in order:
-        engine.add_request(str(i), PROMPTS[i], WISHES[i], priority=priorities[i])
+def answers(
+    engine, arrivals: list[int], priorities: list[int], aborted: tuple[int, int] | None = None
+) -> dict[int, list[list[int]]]:
+    """The tokens of each request, whenever they arrive, one of them perhaps aborted on the way.
+
+    Args:
+        arrivals: the step before which each request arrives.
+        priorities: of each request.
+        aborted: a step, and which request is aborted after it.
+    """
     found: dict[int, list[list[int]]] = {}
-    steps = 0
-    while engine.has_unfinished_requests:
+    step = 0
+    while step <= max(arrivals) or engine.has_unfinished_requests:
+        for i, arrival in enumerate(arrivals):
+            if arrival == step:
+                engine.add_request(str(i), PROMPTS[i], WISHES[i], priority=priorities[i])
         for output in engine.step():
             if output.finished:
                 found[int(output.request_id)] = [list(completion.token_ids) for completion in output.outputs]
-        steps += 1
-        if aborted is not None and steps == 4:
-            engine.abort_request(str(aborted))
+        if aborted is not None and step == aborted[0]:
+            engine.abort_request(str(aborted[1]))
+        step += 1
     return found
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
-def test_settings_change_no_token(name, folders):
-    """In float64, drawn, greedy and searched, with penalties, samples, shared beginnings, preemptions and aborts."""
+def test_settings_change_no_token(name, folders, pytestconfig):
+    """In float64, drawn, greedy and searched, with penalties, samples, shared beginnings, preemptions and aborts.
+
+    `--model-schedules N` runs more than the 240 of every test run: three models, each drawn schedule twice.
+    """
     plain = load(folders[name], dtype="float64", enable_prefix_caching=False, max_model_len=64)
-    expected = answers(plain.engine, list(range(7)), [0] * 7)
+    expected = answers(plain.engine, [0] * 7, [0] * 7)
     assert [len(expected[i]) for i in range(7)] == NUM_SEQUENCES
     schedulers = []
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=pytestconfig.getoption("--model-schedules") // 6,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(
         engine_settings(),
-        st.permutations(range(7)),
+        st.lists(st.integers(0, 12), min_size=7, max_size=7),
         st.lists(st.integers(0, 2), min_size=7, max_size=7),
-        st.none() | st.integers(0, 6),
+        st.none() | st.tuples(st.integers(0, 30), st.integers(0, 6)),
     )
-    def check(chosen, order, priorities, aborted):
+    def check(chosen, arrivals, priorities, aborted):
         llm = load(folders[name], dtype="float64", **chosen)
         for again in range(2):  # the second time over a filled prefix cache
-            found = answers(llm.engine, order, priorities, aborted if again else None)
+            found = answers(llm.engine, arrivals, priorities, aborted if again else None)
             for i, tokens in found.items():
                 assert tokens == expected[i]
             assert len(found) >= 6
