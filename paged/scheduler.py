@@ -27,9 +27,6 @@ from paged.request import Branch, FinishReason, Request, Sequence
 from paged.step import Step
 from paged.step_draft import StepDraft
 
-# A request that wants log probabilities of its prompt gets logits for every token of it: at most so many at once.
-PROMPT_LOGPROBS_CHUNK = 128
-
 
 class Scheduler:
     """Queues of requests over one pool of blocks.
@@ -267,7 +264,7 @@ class Scheduler:
         position = 0
         while position < len(self.running) and draft.budget > 0:  # the list may become shorter under way
             request = self.running[position]
-            writes = self._writes(request, draft.budget)
+            writes = self._writes(request, draft)
             # Mostly a decode inside a block of its own, for which nothing has to be found.
             needs_blocks = not all(s.block_table.is_writable(s.num_computed_tokens, end) for s, end in writes)
             while needs_blocks and self._num_blocks(writes) > self.pool.num_free:
@@ -288,7 +285,7 @@ class Scheduler:
             if num_sequences > len(self._free_rows) or placement.num_blocks + num_spare > self.pool.num_free:
                 return  # nobody overtakes the head of the queue, or a long prompt would wait forever
             start = leader.num_computed_tokens or len(placement.found[0]) * self.block_size
-            if self._chunk(request, leader, draft.budget, start) == 0:
+            if self._chunk(request, leader, draft, draft.budget, start) == 0:
                 return
             if request.is_beam_search and num_sequences > draft.budget:
                 return
@@ -298,10 +295,11 @@ class Scheduler:
             draft.swap_ins += self.kv.admit(request, placement)
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = leader.num_computed_tokens
-            self._plan(request, self._writes(request, draft.budget), draft)
+            self._plan(request, self._writes(request, draft), draft)
 
-    def _writes(self, request: Request, budget: int) -> list[tuple[Sequence, int]]:
-        """What a running request computes next with so many tokens: its sequences, and how far each of them gets."""
+    def _writes(self, request: Request, draft: StepDraft) -> list[tuple[Sequence, int]]:
+        """What a running request computes in this step: its sequences, and how far each of them gets."""
+        budget = draft.budget
         sequences = self._ready(request)
         if request.is_beam_search:
             # Beams are compared with each other, so their last tokens are computed together or not at all.
@@ -311,7 +309,7 @@ class Scheduler:
             sequences = behind or sequences
         writes = []
         for sequence in sequences:
-            num_tokens = self._chunk(request, sequence, budget)
+            num_tokens = self._chunk(request, sequence, draft, budget)
             if num_tokens == 0:
                 break
             writes.append((sequence, sequence.num_computed_tokens + num_tokens))
@@ -330,8 +328,10 @@ class Scheduler:
             self.kv.follow(leader, follower)
         return unfinished
 
-    def _chunk(self, request: Request, sequence: Sequence, budget: int, start: int | None = None) -> int:
-        """How many tokens of a sequence this step computes; 0 if its turn has not come."""
+    def _chunk(
+        self, request: Request, sequence: Sequence, draft: StepDraft, budget: int, start: int | None = None
+    ) -> int:
+        """How many tokens of a sequence this step computes, of `budget` at most; 0 if its turn has not come."""
         start = sequence.num_computed_tokens if start is None else start
         num_tokens = len(sequence.token_ids) - start
         if num_tokens == 1:
@@ -343,7 +343,7 @@ class Scheduler:
         if self.long_prefill_token_threshold > 0:
             num_tokens = min(num_tokens, self.long_prefill_token_threshold)
         if request.sampling_params.prompt_logprobs is not None:
-            num_tokens = min(num_tokens, PROMPT_LOGPROBS_CHUNK)
+            num_tokens = min(num_tokens, draft.target_budget)
         if num_tokens > budget and not self.enable_chunked_prefill:
             return 0
         return min(num_tokens, budget)

@@ -6,6 +6,9 @@ from paged.blocks import BlockCopy, TableChange
 from paged.request import Request, Sequence
 from paged.step import Admission, RowPlan, Sample, Step
 
+# Prompt tokens whose log probabilities one step computes: each needs logits, a number for every word of the vocabulary.
+MOST_PROMPT_TARGETS = 128
+
 
 @dataclass
 class StepDraft:
@@ -13,10 +16,12 @@ class StepDraft:
 
     Attributes:
         budget: tokens that it may still take.
+        target_budget: prompt tokens whose log probabilities it may still compute.
         admissions, swap_outs, swap_ins, preempted: as in Step.
     """
 
     budget: int
+    target_budget: int = MOST_PROMPT_TARGETS
     admissions: list[Admission] = field(default_factory=list)
     swap_outs: list[BlockCopy] = field(default_factory=list)
     swap_ins: list[BlockCopy] = field(default_factory=list)
@@ -67,6 +72,7 @@ class StepDraft:
         rows = self._singles if end - start == 1 else self._chunks
         rows.append(RowPlan(request.request_id, sequence.index, row, start, tokens, told, samples, targets))
         self.budget -= end - start
+        self.target_budget -= len(targets)
 
     def finish(self) -> Step:
         """The Step."""

@@ -372,6 +372,23 @@ def test_a_prompt_is_cut_into_chunks_beside_decodes():
     assert [len(row.samples) for row in step.rows] == [1, 1]
 
 
+def test_few_prompt_tokens_are_scored_in_a_step():
+    """Each needs a row of logits. What one request leaves of the 128, the next one may have."""
+    s = scheduler(num_blocks=200, max_num_batched_tokens=500)
+    for name, length in (("a", 100), ("b", 70), ("c", 5)):
+        params = SamplingParams(max_tokens=4, prompt_logprobs=1)
+        s.add(Request(name, range(length), params, block_table=s.new_block_table(), seed=0, max_tokens=4))
+    s.add(request(s, "d", 30))
+    seen = []
+    while len(seen) < 2:
+        step = s.schedule()
+        assert sum(len(row.prompt_targets) for row in step.rows) <= 128
+        seen.append(planned(step))
+        s.update(step, [1] * sum(len(row.samples) for row in step.rows))
+    assert seen[0] == [("a", 0, 100), ("b", 0, 29)]
+    assert seen[1] == [("a", 100, 101), ("b", 29, 70), ("c", 0, 5), ("d", 0, 30)]
+
+
 def test_a_long_prompt_leaves_room_for_others():
     s = scheduler(num_blocks=40, long_prefill_token_threshold=5)
     s.add(request(s, "long", 18))
