@@ -7,6 +7,7 @@ from typing import Any
 
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_per_head", "int8", "int8_per_token_head")
 ATTENTION_FORMS = ("auto", "gathered", "fused")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 PREEMPTION_MODES = ("recompute", "swap")
@@ -25,7 +26,10 @@ class EngineConfig:
         tokenizer: folder or name, if it is not the model's.
         skip_tokenizer_init: load no tokenizer; prompts are token ids and outputs have no text.
         trust_remote_code, revision: handed to transformers.
-        dtype: of weights and KV cache; "auto" takes the checkpoint's, float32 on a CPU.
+        dtype: of weights and computation; "auto" takes the checkpoint's, float32 on a CPU.
+        kv_cache_dtype: what K and V are stored in. "auto" is `dtype`. "fp8" (or "fp8_e4m3") has one scale for the K and
+            one for the V of a layer, "fp8_per_head" one for each KV head (not in vLLM), both found at start;
+            "int8_per_token_head" (or "int8") stores one beside each token and head.
         device: "auto" takes a GPU if there is one.
         load_format: "auto" and "safetensors" load weights; "dummy" makes random ones from the config alone.
         generation_config: whether sampling wishes that are not given come from the model's generation_config.json
@@ -65,6 +69,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     revision: str | None = None
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
     generation_config: str = "auto"
@@ -112,6 +117,7 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be 'tiny', a folder or a hub name, got {self.model!r}")
         self._check_choice("dtype", DTYPES)
+        self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("scheduling_policy", SCHEDULING_POLICIES)
         self._check_choice("preemption_mode", PREEMPTION_MODES)

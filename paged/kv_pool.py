@@ -3,6 +3,9 @@
 Each layer has two tensors, `key_cache` [N, P, Hkv, D] and `value_cache` [N, P, Hkv, Dv]: N blocks of P slots. A token
 lies in slot `block * P + offset`, at `cache[block, offset]`, in every layer the same. K and V are apart, and so are the
 layers, because that is what torch.compile can write into without copying a whole pool.
+
+Stored as int8, they have two more beside them, `key_scale` and `value_scale` [N, P, Hkv]: a scale for each token and
+head, which goes wherever its block goes. fp8 has scales as well, but they are the layer's (paged/quantisation.py).
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from paged.quantisation import to_fp8, to_int8
+
+# The tensors of one layer, all indexed by block first: key_cache, value_cache; of int8 also key_scale, value_scale.
+LayerCache = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +39,24 @@ def bytes_per_block(layers: Sequence[LayerShape], block_size: int, dtype: torch.
     """Bytes that one block takes in all layers together.
 
     `block_size * Hkv * (D + Dv) * itemsize`, summed over the layers: KV heads, not query heads, and the head's own
-    width, which need not be hidden size over heads.
+    width, which need not be hidden size over heads. int8 adds two scales in float32 for each token and head.
 
-    Example: 32 layers of 8 KV heads of 128 in bfloat16 keep 128 KiB for a token, 2 MiB for a block of 16.
-        >>> bytes_per_block([LayerShape(8, 128, 128)] * 32, block_size=16, dtype=torch.bfloat16) // 2**20
-        2
+    Example: 32 layers of 8 KV heads of 128 in bfloat16 keep 128 KiB for a token, 2 MiB for a block of 16; in fp8 half.
+        >>> layers = [LayerShape(8, 128, 128)] * 32
+        >>> [bytes_per_block(layers, 16, dtype) // 2**10 for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8)]
+        [2048, 1024, 1056]
     """
-    per_token = sum(layer.num_kv_heads * (layer.head_dim + layer.value_dim) for layer in layers)
-    return block_size * per_token * dtype.itemsize
+    scales = 2 * torch.float32.itemsize if dtype == torch.int8 else 0
+    per_token = sum(
+        layer.num_kv_heads * ((layer.head_dim + layer.value_dim) * dtype.itemsize + scales) for layer in layers
+    )
+    return block_size * per_token
 
 
 def allocate_layer(
     shape: LayerShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """The two tensors of one layer, zero everywhere.
+) -> LayerCache:
+    """The tensors of one layer, zero everywhere.
 
     Zero and not empty: what lies in memory by chance may be NaN, and 0 * NaN is NaN even behind a mask.
 
@@ -55,21 +67,34 @@ def allocate_layer(
         dtype, device: of the tensors.
 
     Returns:
-        key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv].
+        key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv]; of int8 also key_scale and value_scale [N, P, Hkv].
     """
     slots = (num_blocks, block_size, shape.num_kv_heads)
     key_cache = torch.zeros(*slots, shape.head_dim, dtype=dtype, device=device)
     value_cache = torch.zeros(*slots, shape.value_dim, dtype=dtype, device=device)
-    return key_cache, value_cache
+    if dtype != torch.int8:
+        return key_cache, value_cache
+    key_scale, value_scale = (torch.zeros(*slots, dtype=torch.float32, device=device) for _ in range(2))
+    return key_cache, value_cache, key_scale, value_scale
 
 
-def write(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-    """Write the K and V of T tokens into their slots, in place.
+def write(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Write the K and V of T tokens into their slots, in place, quantised if there are scales.
 
     Args:
         key_cache, value_cache: [N, P, Hkv, D] and [N, P, Hkv, Dv].
         key, value: [T, Hkv, D] and [T, Hkv, Dv].
         slot_mapping: [T] int64, `block * P + offset`; padded tokens point into the trash block.
+        k_scale, v_scale: None; of fp8 a number or [Hkv], which is read; of int8 [N, P, Hkv], which is written.
 
     Example:
         >>> keys, values = torch.zeros(3, 2, 1, 1), torch.zeros(3, 2, 1, 1)
@@ -80,11 +105,16 @@ def write(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, sl
     block_size = key_cache.shape[1]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     # Not through a view of the pool: the compiler would copy all of it (docs/design.md).
-    key_cache[blocks, offsets] = key.to(key_cache.dtype)
-    value_cache[blocks, offsets] = value.to(value_cache.dtype)
+    for cache, new, scale in ((key_cache, key, k_scale), (value_cache, value, v_scale)):
+        if scale is None:
+            cache[blocks, offsets] = new.to(cache.dtype)
+        elif cache.dtype == torch.int8:
+            cache[blocks, offsets], scale[blocks, offsets] = to_int8(new)
+        else:
+            cache[blocks, offsets] = to_fp8(new, scale)
 
 
-def allocate_on_host(cache: Sequence[Tensor], num_blocks: int) -> tuple[Tensor, ...]:
+def allocate_on_host(cache: LayerCache, num_blocks: int) -> LayerCache:
     """Room in host memory for so many blocks of one layer.
 
     Not zero, unlike the pool: a host block is written as a whole before it is read. So a CPU takes the memory only as
@@ -102,9 +132,7 @@ def allocate_on_host(cache: Sequence[Tensor], num_blocks: int) -> tuple[Tensor, 
     )
 
 
-def swap_blocks(
-    sources: Iterable[Sequence[Tensor]], targets: Iterable[Sequence[Tensor]], pairs: Sequence[tuple[int, int]]
-) -> None:
+def swap_blocks(sources: Iterable[LayerCache], targets: Iterable[LayerCache], pairs: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks in every layer from one pool to another, on whatever devices they are.
 
     Args:
@@ -123,11 +151,11 @@ def swap_blocks(
             target[to_blocks] = source[from_blocks].to(target.device)
 
 
-def copy_blocks(caches: Iterable[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]) -> None:
+def copy_blocks(caches: Iterable[LayerCache], pairs: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks in every layer, in place: what copy-on-write asks for.
 
     Args:
-        caches: (key_cache, value_cache) of every layer.
+        caches: the tensors of every layer.
         pairs: (source, target) blocks. No target may be the source of another pair: all sources are read first.
 
     Raises:

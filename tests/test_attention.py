@@ -176,6 +176,20 @@ def test_nan_in_unused_slots_does_not_leak(features, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cache", ["key_cache", "value_cache"])
+def test_nan_that_is_seen_comes_out(cache, form):
+    """In one head of one sequence, where it was, and nowhere else: 0 in its place would be believed."""
+    clean, _ = Case([(1, 8), (2, 9)], block_size=5).run(form)
+    case = Case([(1, 8), (2, 9)], block_size=5)
+    getattr(case, cache)[case.tables[1, 0], 3, 1] = torch.nan
+    out, lse = case.run(form)
+    assert out[1:, 3:].isnan().all()
+    assert lse[1:, 3:].isnan().all() or cache == "value_cache"
+    assert torch.equal(out[:1], clean[:1])
+    assert torch.equal(out[1:, :3], clean[1:, :3])
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype, form):
     Case(around(16), dtype=dtype, poison=1e4).check(form)

@@ -15,7 +15,8 @@ from torch._inductor.utils import run_and_get_code
 
 from paged import SamplingParams
 from paged.attention import fused, gathered
-from paged.kv_pool import write
+from paged.kv_pool import LayerShape, allocate_layer, write
+from paged.quantisation import stored_dtype
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU"
@@ -94,10 +95,11 @@ def new_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return key, value, torch.tensor([P + 2, 5 * P, 5 * P + 1, (N - 1) * P])
 
 
-def layer(query, key_cache, value_cache, key, value, slots, **arguments):
+def layer(query, key_cache, value_cache, key, value, slots, *, k_scale=None, v_scale=None, **arguments):
     """What every attention layer does: write, then attend."""
-    write(key_cache, value_cache, key, value, slots)
-    return fused.paged_attention(query, key_cache, value_cache, **arguments)[0]
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    write(key_cache, value_cache, key, value, slots, **scales)
+    return fused.paged_attention(query, key_cache, value_cache, **scales, **arguments)[0]
 
 
 def test_writing_copies_no_pool():
@@ -112,6 +114,41 @@ def test_writing_copies_no_pool():
     torch.testing.assert_close(out, layer(query, *copies, key, value, slots, scale=0.3, **t))
     for cache, copy in zip(caches, copies, strict=True):
         assert torch.equal(cache, copy), "the compiled write is not the eager one"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_per_head", "int8"])
+def test_a_quantised_cache_is_written_and_read_in_place(kind):
+    """No copy of a pool or of its scales, no gathered codes or numbers; and the codes of the eager write."""
+    t = tensors()
+    key, value, slots = new_tokens()
+    key[1, 0, 3] = torch.nan  # in a slot that no table names
+    shape = LayerShape(HKV, D, DV)
+    stored = allocate_layer(shape, N, P, stored_dtype(kind, torch.float32), "cpu")
+    fixed = torch.tensor([2.0**-5, 2.0**-6]) if kind == "fp8_per_head" else torch.tensor(2.0**-5)
+    scales = stored[2:] or (fixed, fixed * 2)
+    everywhere = torch.arange(N * P)
+    old_key, old_value = t.pop("key_cache").flatten(0, 1), t.pop("value_cache").flatten(0, 1)
+    write(*stored[:2], old_key, old_value, everywhere, k_scale=scales[0], v_scale=scales[1])
+    query = t.pop("query")
+    t["block_tables"][t["block_tables"] == 5] = 1
+
+    def run(function, caches, scales):
+        return function(query, *caches[:2], key, value, slots, k_scale=scales[0], v_scale=scales[1], scale=0.3, **t)
+
+    copies = [tensor.clone() for tensor in stored]
+    out, codes = run(lambda *a, **k: compiled(layer, *a, **k), stored, scales)
+    assert buffer_sizes(codes)
+    assert pool_sized_buffers(codes) == []
+    assert gathered_buffers(codes) == []
+    assert not [n for n in buffer_sizes(codes) if n % (N * P) == 0], "one number for each slot: the scales of a pool"
+    torch.testing.assert_close(out, run(layer, copies, copies[2:] or scales))
+    for cache, copy in zip(stored, copies, strict=True):
+        if cache.dtype == torch.float32:  # the scales of int8, a NaN among them
+            torch.testing.assert_close(cache, copy, rtol=2.0**-22, atol=0, equal_nan=True)
+        else:
+            assert torch.equal(cache.view(torch.uint8), copy.view(torch.uint8)), (
+                "the compiled write is not the eager one"
+            )
 
 
 def test_the_detector_sees_a_copied_pool():
@@ -150,13 +187,15 @@ def test_one_graph_serves_every_shape():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_compiled_engine_gives_the_same_tokens(folders):
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_a_compiled_engine_gives_the_same_tokens(kind, folders):
     """Compiled layers: one graph for prompts and one for decodes, shared by all layers."""
     prompts = as_prompts(token_prompts([9, 30, 17]))
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    eager = load(folders["llama"], block_size=8, max_num_seqs=3)
+    settings = {"block_size": 8, "max_num_seqs": 3, "kv_cache_dtype": kind}
+    eager = load(folders["llama"], **settings)
     torch._dynamo.utils.counters.clear()
-    compiled_llm = load(folders["llama"], block_size=8, max_num_seqs=3, enforce_eager=False)
+    compiled_llm = load(folders["llama"], enforce_eager=False, **settings)
     assert compiled_llm.engine.runner.attention_form == "fused"
     assert tokens_of(compiled_llm.generate(prompts, params)) == tokens_of(eager.generate(prompts, params))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

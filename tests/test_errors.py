@@ -10,8 +10,9 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, LlamaConfig
 
 from paged import LLM, SamplingParams
+from paged.config import EngineConfig
 from paged.model import ModelNotFound, UnsupportedModel
-from paged.model.loading import TINY
+from paged.model.loading import TINY, check_kv_cache_dtype
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -119,6 +120,7 @@ def test_a_name_can_be_used_once_at_a_time(llm):
         ({"swap_space": True}, "swap_space must be a number of GiB > 0, got True"),
         ({"swap_space": 1e-6, "preemption_mode": "swap"}, r"swap_space=1e-06 GiB holds 0 blocks of .* bytes"),
         ({"dtype": "int8"}, "dtype must be one of auto, float16"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, .*; got 'fp4'"),
         ({"device": "warp"}, "device must be"),
         ({"load_format": "gguf"}, "load_format must be one of"),
         ({"attention_form": "flesh"}, "attention_form must be one of"),
@@ -130,6 +132,18 @@ def test_a_name_can_be_used_once_at_a_time(llm):
 def test_a_wrong_setting_is_a_value_error(settings, message, folders):
     with pytest.raises(ValueError, match=message):
         load(folders["llama"], **settings)
+
+
+def test_fp8_is_refused_on_a_gpu_that_the_compiler_has_no_fp8_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"'fp8_per_head' cannot be compiled .* capability 8\.0 and fp8 needs 8\.9"):
+        check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8_per_head"), gpu)
+    for settings in ({"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8", "enforce_eager": True}, {}):
+        check_kv_cache_dtype(EngineConfig(model="tiny", **settings), gpu)
+    check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

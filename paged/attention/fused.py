@@ -76,5 +76,5 @@ def paged_attention(
     # A weight of 0 does not silence what lies in an unused slot: 0 * NaN is NaN. So it is taken out of V as well.
     value = torch.where(visible[:, None, None, :, None], value, 0.0)
     out = (weights[..., None] * value).sum(dim=3)  # [T, Hkv, G, Dv]
-    out = torch.where(lse[..., None] > -torch.inf, out, 0.0)
+    out = torch.where(lse[..., None] == -torch.inf, 0.0, out)  # and NaN stays NaN
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)

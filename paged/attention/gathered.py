@@ -111,7 +111,8 @@ def paged_attention(
     weights, lse = softmax_with_sink(scores, by_head(sinks, heads, dtype))
     out = weights.flatten(2, 3) @ value.transpose(1, 2)  # [B, Hkv, G * Q, Dv]
     out = out.reshape(*scores.shape[:4], -1)  # [B, Hkv, G, Q, Dv]
-    out = torch.where(lse[..., None] > -torch.inf, out, 0.0)
+    # Only where nothing was seen: a NaN among the keys makes lse NaN, and the output must not become 0 then.
+    out = torch.where(lse[..., None] == -torch.inf, 0.0, out)
 
     # Back to packed tokens, one behind them for the padding; rows that nobody writes see nothing.
     packed_out = query.new_zeros(num_tokens + 1, num_heads, out.shape[-1])

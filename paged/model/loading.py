@@ -25,6 +25,7 @@ from paged.model.support import (
     check_layers,
     longest_sequence,
 )
+from paged.quantisation import stored_dtype
 
 TINY = Path(__file__).parent.parent / "tiny"
 
@@ -60,6 +61,11 @@ class LoadedModel:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What K and V are stored in."""
+        return stored_dtype(self.config.kv_cache_dtype, self.dtype)
+
 
 def load_model(config: EngineConfig) -> LoadedModel:
     """Load model and tokenizer as the settings say.
@@ -67,7 +73,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     Raises:
         ModelNotFound: the name or folder leads nowhere, or a file is missing.
         UnsupportedModel: the model cannot be paged.
-        ValueError: max_model_len is longer than the model allows.
+        ValueError: max_model_len is longer than the model allows, or the device cannot do what is asked of it.
     """
     source = locate(config.model)
     hf_config = _load_config(source, config)
@@ -76,6 +82,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     config = config.with_model_len(longest_sequence(hf_config))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
+    check_kv_cache_dtype(config, device)
 
     if config.load_format == "dummy":
         torch.manual_seed(config.seed)
@@ -157,6 +164,22 @@ def resolve_dtype(name: str, hf_config: PretrainedConfig, device: torch.device) 
     if device.type == "cpu":
         return torch.float32
     return getattr(hf_config, "dtype", None) or torch.float32
+
+
+def check_kv_cache_dtype(config: EngineConfig, device: torch.device) -> None:
+    """Refuse what the compiler would fail at in the first step: it has no fp8 for GPUs before compute capability 8.9.
+
+    Raises:
+        ValueError: fp8, compiled, on such a GPU (pytorch issue 167082).
+    """
+    if device.type != "cuda" or config.enforce_eager or not config.kv_cache_dtype.startswith("fp8"):
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise ValueError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be compiled for this GPU: it has compute capability "
+            f"{capability[0]}.{capability[1]} and fp8 needs 8.9; use kv_cache_dtype='int8' or enforce_eager=True"
+        )
 
 
 def _load_config(source: str, config: EngineConfig) -> PretrainedConfig:

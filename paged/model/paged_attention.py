@@ -5,8 +5,9 @@ with. So the model's code stays its own, and a call looks like this:
 
     model(input_ids=[1, T], position_ids=[1, T], attention_inputs=batch.attention, use_cache=False)
 
-The pools hang on the attention modules as buffers `key_cache` and `value_cache`. A lookup by layer number would make
-the compiler specialise its graph for every layer; a buffer of the module makes one graph serve them all.
+The pools hang on the attention modules as buffers `key_cache` and `value_cache`, and the scales of a quantised one as
+`key_scale` and `value_scale`. A lookup by layer number would make the compiler specialise its graph for every layer; a
+buffer of the module makes one graph serve them all.
 
 No mask is registered under our names, so transformers makes none and passes None: causality, the sliding window and
 padding are this function's business.
@@ -46,7 +47,9 @@ def _make_forward(paged_attention: PagedAttention) -> Callable[..., tuple[Tensor
         **_: Any,
     ) -> tuple[Tensor, None]:
         key_cache, value_cache = module.get_buffer("key_cache"), module.get_buffer("value_cache")
-        write(key_cache, value_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), attention_inputs.slot_mapping)
+        scales = {"k_scale": getattr(module, "key_scale", None), "v_scale": getattr(module, "value_scale", None)}
+        new_key, new_value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, Hkv, D], [T, Hkv, Dv]
+        write(key_cache, value_cache, new_key, new_value, attention_inputs.slot_mapping, **scales)
         tokens = query[0].transpose(0, 1)  # [T, Hq, D]
         outputs = [
             paged_attention(
@@ -61,6 +64,7 @@ def _make_forward(paged_attention: PagedAttention) -> Callable[..., tuple[Tensor
                 softcap=softcap,
                 sinks=s_aux,
                 max_query_len=group.max_query_len,
+                **scales,
             )[0]
             for group in attention_inputs.groups
         ]

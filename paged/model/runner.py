@@ -7,6 +7,7 @@ from torch import Tensor
 
 from paged.batch import Batch, BatchBuilder
 from paged.kv_pool import (
+    LayerCache,
     allocate_layer,
     allocate_on_host,
     bytes_per_block,
@@ -14,6 +15,7 @@ from paged.kv_pool import (
     storage_bytes,
     swap_blocks,
 )
+from paged.model.calibration import calibrate
 from paged.model.loading import LoadedModel
 from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
 from paged.model.paged_attention import find_attention
@@ -25,6 +27,10 @@ from paged.step import Step
 RECOMPILE_LIMIT = 64
 # With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
+
+
+# Where the attention function finds the tensors of a layer's cache, in their order.
+BUFFERS = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 class StepResult(NamedTuple):
@@ -49,7 +55,8 @@ class ModelRunner:
 
     Attributes:
         num_blocks, num_host_blocks: blocks of the pool and of the one in host memory, null and trash blocks included.
-        caches: (key_cache [N, P, Hkv, D], value_cache [N, P, Hkv, Dv]) of every layer.
+        caches: of every layer, all tensors that are indexed by block: key_cache [N, P, Hkv, D], value_cache
+            [N, P, Hkv, Dv]; in int8 also key_scale and value_scale [N, P, Hkv].
         attention_form: "gathered" or "fused".
         sliding_window: keys further back than this are read by no layer; None if some layer reads all.
         most_gather_bytes: most bytes that gathered copies of K and V took in one layer so far, modelled.
@@ -77,6 +84,8 @@ class ModelRunner:
         self._most_gathered_bytes_of_a_block = max(
             bytes_per_block([shape], config.block_size, gathered_dtype) for shape in shapes
         )
+        if loaded.kv_dtype == torch.float8_e4m3fn:
+            calibrate(loaded)
         self._model.set_attn_implementation(f"paged_{self.attention_form}")
         if not self._eager:
             self._compile_layers()
@@ -94,26 +103,26 @@ class ModelRunner:
             for step in largest_steps(config):
                 self.run(step)
 
-        self.num_blocks = num_blocks_for(config, shapes, loaded.dtype, loaded.device, run_largest_steps)
+        self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, loaded.device, run_largest_steps)
         self._allocate(self.num_blocks, loaded)
-        self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.dtype))
+        self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
         self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
         self.most_gather_bytes = 0
 
     def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
         """Give every attention module a cache of so many blocks; what it had is let go."""
-        self.caches: list[tuple[Tensor, Tensor]] = []
+        self.caches: list[LayerCache] = []
         for call in self._calls:
             try:
-                cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.dtype, loaded.device)
+                cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.kv_dtype, loaded.device)
             except RuntimeError as error:
-                size = bytes_per_block([c.shape for c in self._calls], loaded.config.block_size, loaded.dtype)
+                size = bytes_per_block([c.shape for c in self._calls], loaded.config.block_size, loaded.kv_dtype)
                 raise ValueError(
                     f"a pool of {num_blocks:,} blocks takes {num_blocks * size:,} bytes, more than {loaded.device} has "
                     "left; give it fewer (num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization)"
                 ) from error
-            call.module.register_buffer("key_cache", cache[0], persistent=False)
-            call.module.register_buffer("value_cache", cache[1], persistent=False)
+            for name, tensor in zip(BUFFERS, cache, strict=False):  # only int8 has the last two
+                call.module.register_buffer(name, tensor, persistent=False)
             self.caches.append(cache)
 
     @property
