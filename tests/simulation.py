@@ -7,7 +7,7 @@ read, and one that loses or doubles a token gives other tokens than running each
 from collections import Counter
 from dataclasses import dataclass, field
 
-from paged.blocks import NULL_BLOCK
+from paged.blocks import NULL_BLOCK, CachedBlock
 from paged.request import Branch, FinishReason, Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
@@ -123,8 +123,20 @@ class Simulation:
                 else:
                     assert self.outputs[str(i), index] == got == expected, f"request {i}, sample {index}"
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable, "a block leaked"
+        self._check_prefix_cache()
         host_pool = self.scheduler.kv.host_pool
         assert host_pool is None or host_pool.num_free == host_pool.num_usable, "a host block leaked"
+
+    def _check_prefix_cache(self) -> None:
+        """Whatever can be found holds what it is found as: the tokens of its chain, from the first block on."""
+        cache, size = self.scheduler.kv.prefix_cache, self.scheduler.block_size
+        for entry in () if cache is None else cache._by_block.values():
+            chain = [entry]
+            while isinstance(chain[0].parent, CachedBlock):
+                chain.insert(0, chain[0].parent)
+            tokens = [token for found in chain for token in found.token_ids]
+            table = [NULL_BLOCK] * (len(chain) - 1) + [entry.block]
+            self.memory.read("the prefix cache", table, tokens, first_visible=len(tokens) - size)
 
     def _arrivals_and_aborts(self) -> None:
         for i, wanted in enumerate(self.wanted):
@@ -172,6 +184,9 @@ class Simulation:
         assert all(n > 1 for n in lengths[step.num_single :])
         names = [row.request_id for row in step.rows]
         assert not set(step.preempted) & set(names), "preempted and scheduled at once"
+        new_rows = {admission.row for admission in step.admissions}
+        admitted = {r.request_id for r in self.scheduler.running for s in r.sequences if s.row in new_rows}
+        assert admitted <= set(names), "admitted to compute nothing: nobody would know if the step failed"
         assert not (step.swap_outs and step.swap_ins), "a host block could be read and written at once"
 
     def _execute(self, step: Step) -> list[int]:

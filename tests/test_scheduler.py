@@ -13,6 +13,7 @@ from paged.blocks import blocks_for
 from paged.request import Branch, Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
+from paged.step_draft import StepDraft
 
 logger = logging.getLogger(__name__)
 
@@ -324,6 +325,28 @@ def test_beams_are_computed_together_or_not_at_all():
     s.update(step, [1] * sum(len(row.samples) for row in step.rows))
     s.branch(beams, [Branch(0, 1)] * 3)
     assert "b" not in [name for name, *_ in planned(s.schedule())], "two tokens are left, and three beams"
+
+
+def test_beams_that_are_computed_again_wait_for_each_other():
+    """With too few tokens a step for all of them, their last tokens still come in the same step."""
+    s = scheduler(num_blocks=40, max_num_batched_tokens=4)
+    table = s.new_block_table()
+    beams = Request("b", range(5), SamplingParams(), block_table=table, seed=0, max_tokens=9, beam_width=3)
+    s.add(beams)
+    step, sampled = s.schedule(), []
+    while step is not None:
+        sampled.append([len(row.samples) for row in step.rows])
+        s.update(step, [1] * sum(sampled[-1]))
+        if sampled[-1] in ([1], [1, 1, 1]):
+            s.branch(beams, [Branch(i if len(sampled[-1]) == 3 else 0, 10 * i) for i in range(3)])
+        if len(sampled) == 6:
+            s._preempt(beams, StepDraft(0))
+        if beams.sequences[0].num_output_tokens == 7:
+            s.finish(beams, "length")
+        step = s.schedule()
+    assert s.num_recomputed_tokens > 0
+    assert len(sampled) > 10
+    assert all(samples in ([1], [1, 1, 1]) or not any(samples) for samples in sampled)
 
 
 def test_spare_blocks_are_kept_for_the_running():
