@@ -166,6 +166,20 @@ def test_ends_are_passed_over_with_ignore_eos(model):
     assert all(len(tokens) == 8 for answers in search(engine(folder, eos_tokens), params) for tokens, *_ in answers)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"enforce_eager": True}, {}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_answers_on_a_gpu_are_those_on_a_cpu(model, pool, settings):
+    _, folder, eos = model
+    for scoring in ("vllm", "transformers"):
+        params = BeamSearchParams(4, 14, scoring=scoring)
+        cpu = search(engine(folder, eos, **POOLS[pool]), params)
+        gpu = search(engine(folder, eos, device="cuda", **POOLS[pool], **settings), params)
+        for found, expected in zip(gpu, cpu, strict=True):
+            assert [tokens for tokens, *_ in found] == [tokens for tokens, *_ in expected]
+            assert [score for *_, score in found] == pytest.approx([score for *_, score in expected])
+
+
 # --- the algorithm alone ----------------------------------------------------------------------------------------------
 
 
