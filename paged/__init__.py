@@ -9,15 +9,23 @@ for output in llm.generate(["To be, or not to be"], SamplingParams(temperature=0
 
 from typing import TYPE_CHECKING, Any
 
-from paged.outputs import CompletionOutput, RequestOutput
-from paged.sampling_params import SamplingParams
+from paged.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
+from paged.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from paged.engine import Engine
     from paged.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Engine", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "Engine",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
+from paged.beam_search import Beam, BeamSearch
 from paged.outputs import CompletionOutput, Logprob, RequestOutput
-from paged.request import FinishReason, Request, Sequence
+from paged.request import Branch, FinishReason, Request, Sequence
 from paged.sampling import Detokenizer, TokenLogprobs
 from paged.sampling_params import RequestOutputKind
 
@@ -19,8 +20,8 @@ class Answers:
 
     def __init__(self, request: Request, tokenizer: Any) -> None:
         self.request = request
-        self._tokenizer = tokenizer
         params = request.sampling_params
+        self._decoder = tokenizer if params.detokenize else None
         self._texts: list[Detokenizer] = []
         if tokenizer is not None and params.detokenize:
             self._texts = [
@@ -50,7 +51,7 @@ class Answers:
         index, token = sequence.index, sequence.token_ids[-1]
         wanted = self.request.sampling_params.logprobs
         if logprobs is not None and wanted is not None:
-            self._logprobs[index].append(self._as_dict(logprobs, wanted))
+            self._logprobs[index].append(_as_dict(logprobs, wanted, self._decoder))
             self._cumulative[index] += logprobs.logprob
         if not self._texts:
             return None
@@ -67,21 +68,13 @@ class Answers:
         wanted = self.request.sampling_params.prompt_logprobs
         assert wanted is not None, "nobody computes what was not asked for"
         for position, found in enumerate(logprobs, start):
-            self._prompt_logprobs[position] = self._as_dict(found, wanted)
+            self._prompt_logprobs[position] = _as_dict(found, wanted, self._decoder)
 
     def output(self) -> RequestOutput:
         """Everything so far, or what is new with RequestOutputKind.DELTA."""
-        request, params = self.request, self.request.sampling_params
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=tuple(self._completion(sequence) for sequence in request.sequences),
-            finished=request.is_finished,
-            prompt_logprobs=None if params.prompt_logprobs is None else tuple(self._prompt_logprobs),
-            num_cached_tokens=request.num_cached_tokens or 0,
-            num_preemptions=request.num_preemptions,
-        )
+        completions = [self._completion(sequence) for sequence in self.request.sequences]
+        wants_prompt = self.request.sampling_params.prompt_logprobs is not None
+        return _request_output(self.request, completions, tuple(self._prompt_logprobs) if wants_prompt else None)
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:
         index, params = sequence.index, self.request.sampling_params
@@ -103,15 +96,79 @@ class Answers:
             stop_reason=sequence.stop_reason,
         )
 
-    def _as_dict(self, found: TokenLogprobs, wanted: int) -> dict[int, Logprob]:
-        """The token itself first, then the most likely ones, as vLLM has it."""
-        top = found.top if wanted == -1 else found.top[:wanted]
-        entries = [(found.token_id, found.logprob, found.rank)]
-        entries += [(token, logprob, rank) for rank, (token, logprob) in enumerate(top, 1) if token != found.token_id]
-        return {token: Logprob(logprob, rank, self._decode(token)) for token, logprob, rank in entries}
 
-    def _decode(self, token: int) -> str | None:
-        if self._tokenizer is None or not self.request.sampling_params.detokenize:
-            return None
-        text: str = self._tokenizer.decode([token])
-        return text
+class BeamAnswers:
+    """The answers to one beam search.
+
+    Args:
+        request: whose.
+        search: the search.
+        tokenizer: makes text of tokens; None for no text.
+    """
+
+    def __init__(self, request: Request, search: BeamSearch, tokenizer: Any) -> None:
+        self.request = request
+        self._search = search
+        self._tokenizer = tokenizer
+        self._found: list[TokenLogprobs] = []
+
+    def append(self, candidates: TokenLogprobs) -> None:
+        """Take in the candidates of the next beam, in the order of the beams."""
+        self._found.append(candidates)
+
+    def advance(self) -> list[Branch] | None:
+        """How the beams go on, now that each of them has brought candidates; None if the search is over."""
+        found, self._found = self._found, []
+        return self._search.advance(found)
+
+    def output(self) -> RequestOutput:
+        """The answers; where the search did not come to its end, the beams that were live, without a score."""
+        reason = self.request.sequences[0].finish_reason
+        if reason is FinishReason.LENGTH:  # the search is over
+            answers = [
+                self._completion(i, beam, self._search.score(beam)) for i, beam in enumerate(self._search.answers)
+            ]
+        else:
+            answers = [self._completion(i, beam, None) for i, beam in enumerate(self._search.live)]
+        return _request_output(self.request, answers)
+
+    def _completion(self, index: int, beam: Beam, score: float | None) -> CompletionOutput:
+        reason = FinishReason.STOP if beam.ended else self.request.sequences[0].finish_reason
+        text = "" if self._tokenizer is None else self._tokenizer.decode(beam.token_ids, skip_special_tokens=True)
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=beam.token_ids,
+            cumulative_logprob=beam.cum_logprob,
+            score=score,
+            logprobs=tuple(_as_dict(found, -1, self._tokenizer) for found in beam.logprobs),
+            finish_reason=None if reason is None else reason.value,
+        )
+
+
+def _request_output(
+    request: Request,
+    completions: SequenceOf[CompletionOutput],
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None,
+) -> RequestOutput:
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=tuple(completions),
+        finished=request.is_finished,
+        prompt_logprobs=prompt_logprobs,
+        num_cached_tokens=request.num_cached_tokens or 0,
+        num_preemptions=request.num_preemptions,
+    )
+
+
+def _as_dict(found: TokenLogprobs, wanted: int, tokenizer: Any) -> dict[int, Logprob]:
+    """The token itself first, then the most likely ones, as vLLM has it."""
+    top = found.top if wanted == -1 else found.top[:wanted]
+    entries = [(found.token_id, found.logprob, found.rank)]
+    entries += [(token, logprob, rank) for rank, (token, logprob) in enumerate(top, 1) if token != found.token_id]
+    return {
+        token: Logprob(logprob, rank, None if tokenizer is None else tokenizer.decode([token]))
+        for token, logprob, rank in entries
+    }

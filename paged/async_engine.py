@@ -13,7 +13,7 @@ from typing import SupportsIndex
 
 from paged.engine import Engine
 from paged.outputs import RequestOutput
-from paged.sampling_params import SamplingParams
+from paged.sampling_params import BeamSearchParams, SamplingParams
 
 
 class AsyncEngine:
@@ -33,7 +33,7 @@ class AsyncEngine:
         self,
         request_id: str,
         prompt: str | Iterable[SupportsIndex],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | BeamSearchParams | None = None,
         *,
         priority: int = 0,
         cache_salt: str | None = None,

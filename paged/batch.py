@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged.blocks import NULL_BLOCK, BlockCopy, blocks_for
+from paged.blocks import NULL_BLOCK, blocks_for
 from paged.sampling.sampler import SamplingInputs
 from paged.step import Step
 from paged.wishes import Wishes
@@ -80,7 +80,6 @@ class Batch:
         prompt_targets: [Q] int64, those next tokens.
         num_logprobs, num_prompt_logprobs: most likely tokens that some row wants beside a sampled token, or beside a
             token of its prompt; None if none wants any.
-        copies: blocks to copy before the pass.
     """
 
     token_ids: Tensor
@@ -93,7 +92,6 @@ class Batch:
     prompt_targets: Tensor
     num_logprobs: int | None
     num_prompt_logprobs: int | None
-    copies: tuple[BlockCopy, ...]
 
 
 class BatchBuilder:
@@ -177,7 +175,6 @@ class BatchBuilder:
             prompt_targets=self._tensor(np.array(prompt_targets, np.int64)),
             num_logprobs=self._wishes.num_logprobs([sample.row for sample in samples]),
             num_prompt_logprobs=self._wishes.num_prompt_logprobs([row.row for row in step.rows if row.prompt_targets]),
-            copies=step.copies,
         )
 
     def count(self, batch: Batch, token_ids: Tensor) -> None:

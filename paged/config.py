@@ -10,6 +10,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_per_head", "int8", "int8_per_token_head")
 ATTENTION_FORMS = ("auto", "gathered", "fused")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+PREEMPTION_MODES = ("recompute", "swap")
 GENERATION_CONFIGS = ("auto", "vllm")
 
 # Without a limit of its own, a step takes this many tokens, or one whole sequence if that is more.
@@ -45,6 +46,9 @@ class EngineConfig:
         long_prefill_token_threshold: most tokens of one prompt in one step; 0 for no such limit.
         enable_prefix_caching: share the blocks of prompts that begin alike, also with earlier ones.
         scheduling_policy: "fcfs" (first come, first served) or "priority" (lower first, then order of arrival).
+        preemption_mode: what becomes of the K and V of a preempted request: "recompute" throws them away; "swap" copies
+            them to host memory, as long as that has room.
+        swap_space: GiB of host memory to swap to.
         max_logprobs: most log probabilities that a request may want for each token; -1 for no such limit.
         spare_blocks_per_seq: free blocks that stay for each running sequence when another is admitted (not in vLLM).
         enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
@@ -81,6 +85,8 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
+    preemption_mode: str = "recompute"
+    swap_space: float = 4
     max_logprobs: int = 20
     spare_blocks_per_seq: int = 1
     enforce_eager: bool | None = None
@@ -106,12 +112,15 @@ class EngineConfig:
         utilization = self.gpu_memory_utilization
         if not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
+        if isinstance(self.swap_space, bool) or not isinstance(self.swap_space, int | float) or self.swap_space <= 0:
+            raise ValueError(f"swap_space must be a number of GiB > 0, got {self.swap_space!r}")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be 'tiny', a folder or a hub name, got {self.model!r}")
         self._check_choice("dtype", DTYPES)
         self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("scheduling_policy", SCHEDULING_POLICIES)
+        self._check_choice("preemption_mode", PREEMPTION_MODES)
         self._check_choice("attention_form", ATTENTION_FORMS)
         self._check_choice("generation_config", GENERATION_CONFIGS)
 

@@ -13,14 +13,15 @@ import reprlib
 from collections.abc import Iterable
 from typing import SupportsIndex
 
-from paged.answers import Answers
+from paged.answers import Answers, BeamAnswers
+from paged.beam_search import BeamSearch, num_candidates
 from paged.config import EngineConfig
 from paged.memory.events import StepEvent, take_event
 from paged.model import ModelRunner, load_model
 from paged.model.runner import StepResult
 from paged.outputs import RequestOutput
 from paged.request import FinishReason, Request, Sequence
-from paged.sampling_params import RequestOutputKind, SamplingParams
+from paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from paged.scheduler import Scheduler
 from paged.step import Step
 
@@ -63,6 +64,7 @@ class Engine:
             block_size=self.config.block_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            num_host_blocks=self.runner.num_host_blocks,
             enable_chunked_prefill=self.config.enable_chunked_prefill,
             long_prefill_token_threshold=self.config.long_prefill_token_threshold,
             policy=self.config.scheduling_policy,
@@ -72,6 +74,7 @@ class Engine:
         )
         self.events: list[StepEvent] | None = None
         self._answers: dict[str, Answers] = {}
+        self._beams: dict[str, BeamAnswers] = {}
         self._num_arrivals = 0
 
     @property
@@ -88,7 +91,7 @@ class Engine:
         self,
         request_id: str,
         prompt: str | Iterable[SupportsIndex],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | BeamSearchParams | None = None,
         *,
         priority: int = 0,
         cache_salt: str | None = None,
@@ -98,7 +101,8 @@ class Engine:
         Args:
             request_id: a name that no unfinished request has.
             prompt: a text, or token ids.
-            sampling_params: its wishes; None for the defaults.
+            sampling_params: its wishes; None for the defaults. With BeamSearchParams it is a beam search, whose one
+                output holds the answers, best first.
             priority: lower is served first, with `scheduling_policy="priority"`.
             cache_salt: share cached blocks only with requests of the same salt.
 
@@ -107,6 +111,9 @@ class Engine:
                 the request can never fit the pool. Nothing is queued then.
         """
         params = self.default_sampling_params() if sampling_params is None else sampling_params
+        beams = None
+        if isinstance(params, BeamSearchParams):
+            beams, params = params, self._one_beam(request_id, params)
         if not isinstance(params, SamplingParams):
             raise ValueError(f"request {request_id!r} brings {params!r} where SamplingParams are wanted")
         token_ids = self._tokenize(request_id, prompt)
@@ -114,6 +121,8 @@ class Engine:
             most = params.truncate_prompt_tokens
             token_ids = token_ids[-(self.max_model_len - 1 if most == -1 else most) :]
         self._check(request_id, token_ids, params)
+        if beams is None:
+            self._check_logprobs(request_id, params)
         room = self.max_model_len - len(token_ids)
         request = Request(
             request_id,
@@ -127,10 +136,20 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             prompt=prompt if isinstance(prompt, str) else None,
+            beam_width=None if beams is None else beams.beam_width,
         )
         self.scheduler.add(request)
         self._num_arrivals += 1
-        self._answers[request_id] = Answers(request, self.tokenizer)
+        if beams is None:
+            self._answers[request_id] = Answers(request, self.tokenizer)
+        else:
+            search = BeamSearch(
+                beams,
+                num_prompt_tokens=len(token_ids),
+                max_tokens=request.max_tokens,
+                eos_token_ids=request.eos_token_ids,
+            )
+            self._beams[request_id] = BeamAnswers(request, search, self.tokenizer)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request and free its blocks. None if no such request is unfinished."""
@@ -156,10 +175,8 @@ class Engine:
         try:
             result = self.runner.run(step)
         except Exception:
-            names = dict.fromkeys(row.request_id for row in step.rows)
             logger.exception("a step of %d tokens failed; its requests end with an error", step.num_tokens)
-            failed = [self.scheduler.abort(name, FinishReason.ERROR) for name in names]
-            return [self._output(request) for request in failed if request is not None]
+            return [self._output(request) for request in self.scheduler.fail(step)]
         self._take_prompt_logprobs(step, result)
         grown: dict[str, Request] = {}
         for i, owner in enumerate(self.scheduler.update(step, result.token_ids)):
@@ -168,6 +185,9 @@ class Engine:
                 grown[request.request_id] = request
                 if result.token_ids[i] is not None:
                     self._append(request, sequence, result, i)
+        for request in grown.values():
+            if request.is_beam_search and not request.is_finished:
+                self._branch(request)
         return [
             self._output(request)
             for request in grown.values()
@@ -221,6 +241,9 @@ class Engine:
                     f"request {request_id!r} has {name.replace('_', ' ')} and the engine has no tokenizer to find them "
                     "with"
                 )
+
+    def _check_logprobs(self, request_id: str, params: SamplingParams) -> None:
+        """Refuse more log probabilities than the engine gives; beams need theirs, and nobody sees them all."""
         most = self.config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)
@@ -239,6 +262,10 @@ class Engine:
     def _append(self, request: Request, sequence: Sequence, result: StepResult, index: int) -> None:
         """Take in a sampled token, and end its sequence if its text now holds a stop string."""
         logprobs = None if result.logprobs is None else result.logprobs[index]
+        if request.is_beam_search:
+            assert logprobs is not None, "beams are chosen by them"
+            self._beams[request.request_id].append(logprobs)
+            return
         stop = self._answers[request.request_id].append(sequence, logprobs)
         if stop is None:
             return
@@ -246,6 +273,32 @@ class Engine:
             sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stop
         else:
             self.scheduler.finish(request, FinishReason.STOP, stop, only=sequence)
+
+    def _branch(self, request: Request) -> None:
+        """All beams of a search were computed: let the best go on."""
+        branches = self._beams[request.request_id].advance()
+        if branches is None:
+            self.scheduler.finish(request, FinishReason.LENGTH)
+        else:
+            self.scheduler.branch(request, branches)
+
+    def _one_beam(self, request_id: str, beams: BeamSearchParams) -> SamplingParams:
+        """What every single beam of a search wishes for."""
+        num_eos = 0 if beams.ignore_eos else len(self._eos_token_ids)
+        wanted = num_candidates(beams.beam_width, num_eos)
+        if wanted > self.vocab_size:
+            raise ValueError(
+                f"request {request_id!r} wants beam_width={beams.beam_width}, which takes {wanted} candidates of each "
+                f"beam, and the model has {self.vocab_size} tokens; lower it"
+            )
+        return SamplingParams(
+            temperature=beams.temperature,
+            max_tokens=beams.max_tokens,
+            ignore_eos=beams.ignore_eos,
+            logprobs=wanted,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _take_prompt_logprobs(self, step: Step, result: StepResult) -> None:
         first = 0
@@ -266,9 +319,11 @@ class Engine:
         return words
 
     def _output(self, request: Request) -> RequestOutput:
-        answers = self._answers[request.request_id]
+        by_name: dict[str, Answers] | dict[str, BeamAnswers]
+        by_name = self._beams if request.is_beam_search else self._answers
+        answers = by_name[request.request_id]
         if request.is_finished:
-            del self._answers[request.request_id]
+            del by_name[request.request_id]
         return answers.output()
 
 

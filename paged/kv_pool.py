@@ -114,6 +114,43 @@ def write(
             cache[blocks, offsets] = to_fp8(new, scale)
 
 
+def allocate_on_host(cache: LayerCache, num_blocks: int) -> LayerCache:
+    """Room in host memory for so many blocks of one layer.
+
+    Not zero, unlike the pool: a host block is written as a whole before it is read. So a CPU takes the memory only as
+    blocks are swapped out, however much was asked for.
+
+    Args:
+        cache: the layer's tensors, each [N, ...].
+        num_blocks: H, blocks of the host's pool.
+
+    Returns:
+        Tensors like those, each [H, ...]; for a GPU's in memory that it can copy from directly (pinned).
+    """
+    return tuple(
+        torch.empty(num_blocks, *tensor.shape[1:], dtype=tensor.dtype, pin_memory=tensor.is_cuda) for tensor in cache
+    )
+
+
+def swap_blocks(sources: Iterable[LayerCache], targets: Iterable[LayerCache], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks in every layer from one pool to another, on whatever devices they are.
+
+    Args:
+        sources, targets: the tensors of every layer, each with a block as its first dimension.
+        pairs: (block of the source, block of the target).
+
+    Example: block 2 goes to host block 1.
+        >>> pool, host = torch.arange(3.0), torch.zeros(2)
+        >>> swap_blocks([(pool,)], [(host,)], [(2, 1)])
+        >>> host.tolist()
+        [0.0, 2.0]
+    """
+    from_blocks, to_blocks = [block for block, _ in pairs], [block for _, block in pairs]
+    for source_cache, target_cache in zip(sources, targets, strict=True):
+        for source, target in zip(source_cache, target_cache, strict=True):
+            target[to_blocks] = source[from_blocks].to(target.device)
+
+
 def copy_blocks(caches: Iterable[LayerCache], pairs: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks in every layer, in place: what copy-on-write asks for.
 

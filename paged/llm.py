@@ -1,7 +1,7 @@
 """LLM: the face a user sees, with vLLM's names."""
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from paged.config import EngineConfig
 from paged.engine import Engine
-from paged.outputs import RequestOutput
-from paged.sampling_params import RequestOutputKind, SamplingParams
+from paged.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
@@ -66,20 +66,71 @@ class LLM:
             ValueError: a prompt or its wishes cannot be served. Then nothing is generated, and the LLM stays usable.
         """
         prompt_list = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params_list = self._params_for(prompt_list, sampling_params)
+        params_list = [
+            replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+            for params in self._params_for(prompt_list, sampling_params)
+        ]
+        return self._answer(prompt_list, params_list, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """Search the likeliest answers, instead of drawing one token after another.
+
+        Args:
+            prompts, use_tqdm: as in `generate`.
+            params: width, length and scoring, for all prompts.
+
+        Returns:
+            One output for each prompt, in their order; its `sequences` are the `beam_width` best answers, best first.
+
+        Raises:
+            ValueError: as in `generate`, or a beam_width that the engine or the vocabulary is too small for.
+
+        Example:
+            >>> (output,) = llm.beam_search("To be, or", BeamSearchParams(4, max_tokens=8))      # doctest: +SKIP
+            >>> [(beam.text, beam.cum_logprob) for beam in output.sequences]                     # doctest: +SKIP
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"beam_search wants BeamSearchParams, got {params!r}")
+        prompt_list = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        outputs = self._answer(prompt_list, [params] * len(prompt_list), use_tqdm=use_tqdm)
+        return [BeamSearchOutput(tuple(self._beams(output))) for output in outputs]
+
+    def _beams(self, output: RequestOutput) -> Iterator[BeamSearchSequence]:
+        """The answers of a beam search as vLLM gives them: prompt and output together."""
+        tokenizer = self.get_tokenizer()
+        for answer in output.outputs:
+            tokens = (*output.prompt_token_ids, *answer.token_ids)
+            yield BeamSearchSequence(
+                tokens=tokens,
+                text=None if tokenizer is None else tokenizer.decode(tokens),
+                cum_logprob=answer.cumulative_logprob or 0.0,
+                score=answer.score,
+                logprobs=answer.logprobs or (),
+                finish_reason=answer.finish_reason,
+            )
+
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        params_list: Sequence[SamplingParams | BeamSearchParams],
+        *,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Run requests to their end."""
         if self.engine.has_unfinished_requests:
             raise ValueError(
-                "the engine has unfinished requests that generate did not add; run them to their end with engine.step, "
-                "or abort them"
+                "the engine has unfinished requests that this call did not add; run them to their end with "
+                "engine.step, or abort them"
             )
         request_ids: list[str] = []
         finished: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in zip(prompt_list, params_list, strict=True):
+            for prompt, params in zip(prompts, params_list, strict=True):
                 request_id = str(self._num_requests)
                 self._num_requests += 1
-                final = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.engine.add_request(request_id, _content(prompt), final)
+                self.engine.add_request(request_id, _content(prompt), params)
                 request_ids.append(request_id)
             self._run(finished, len(request_ids), use_tqdm)
         finally:

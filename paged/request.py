@@ -9,6 +9,7 @@ The two counters are the heart of the bookkeeping, and they are never one:
     after the first step: d was sampled      a b c d        num_tokens 4   num_computed_tokens 3
     after the second: e was sampled          a b c d e      num_tokens 5   num_computed_tokens 4
     preempted: its blocks were taken         a b c d e      num_tokens 5   num_computed_tokens 0
+    (or swapped out: they are on the host    a b c d e      num_tokens 5   num_computed_tokens 4)
 
 A step computes the tokens between the two; a token is sampled where the step reaches the end of what is known. So a
 prompt, a decode and the recomputation after a preemption are one thing, and no code asks which of them it is.
@@ -16,6 +17,7 @@ prompt, a decode and the recomputation after a preemption are one thing, and no 
 
 import enum
 from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
 
 from paged.blocks import BlockTable, CachedBlock
 from paged.sampling_params import SamplingParams
@@ -40,6 +42,7 @@ class Sequence:
         num_computed_tokens: how many of them have their K and V in the pool.
         num_discarded_tokens: how many had them there before the last preemption: what has to be computed again.
         block_table: where the K and V are; empty while the sequence waits.
+        host_table: where they are in host memory while the sequence is swapped out, else None.
         chain: the first blocks of the table, as far as the prefix cache knows them.
         row: its place in the batch's persistent tensors, from admission until it is preempted or ends.
         num_told_blocks: entries of the table that the batch has been told of.
@@ -53,6 +56,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_discarded_tokens = 0
         self.block_table = block_table
+        self.host_table: BlockTable | None = None
         self.chain: list[CachedBlock] = []
         self.row: int | None = None
         self.num_told_blocks = 0
@@ -80,11 +84,24 @@ class Sequence:
         return self.finish_reason is not None
 
 
+class Branch(NamedTuple):
+    """How a beam goes on.
+
+    Attributes:
+        parent: index of the beam that it continues.
+        token: the token that comes next.
+    """
+
+    parent: int
+    token: int
+
+
 class Request:
     """A prompt, its wishes, and the sequences that answer it.
 
     The n sequences of a request share the K and V of its prompt. The first one, the leader, computes it while the
-    others wait; then they fork its block table, and each goes on alone.
+    others wait; then they fork its block table, and each goes on alone. The beams of a beam search are sequences too,
+    but they get their tokens together (`paged.beam_search` chooses them), so they are always equally long.
 
     Args:
         request_id: the caller's name for it.
@@ -98,11 +115,13 @@ class Request:
         priority: lower is served first, where the scheduler goes by it.
         cache_salt: its blocks are shared only with requests of the same salt.
         prompt: the text the tokens came from, if they came from text.
+        beam_width: number of beams, if this is a beam search.
 
     Attributes:
-        sequences: one for each sample.
+        sequences: one for each sample or beam.
         arrival: its number among all requests, given by the scheduler.
         num_preemptions: how often its blocks were taken away.
+        is_beam_search: whether the sequences are beams.
         may_ban: whether `banned_token_ids` is ever not empty.
         num_cached_tokens: prompt tokens that were found computed when it was first admitted; None before.
 
@@ -129,6 +148,7 @@ class Request:
         priority: int = 0,
         cache_salt: str | None = None,
         prompt: str | None = None,
+        beam_width: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -141,7 +161,8 @@ class Request:
         self.bad_words = tuple(bad_words)
         self.priority = priority
         self.cache_salt = cache_salt
-        tables = [block_table, *(block_table.fork() for _ in range(1, sampling_params.n))]
+        self.is_beam_search = beam_width is not None
+        tables = [block_table, *(block_table.fork() for _ in range(1, beam_width or sampling_params.n))]
         self.sequences = [Sequence(i, self.prompt_token_ids, table) for i, table in enumerate(tables)]
         self.arrival = 0
         self.num_preemptions = 0
@@ -157,6 +178,11 @@ class Request:
     def unfinished(self) -> list[Sequence]:
         """The sequences that still grow; the first one is the leader."""
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether its K and V are in host memory."""
+        return any(sequence.host_table is not None for sequence in self.sequences)
 
     @property
     def followers(self) -> list[Sequence]:

@@ -11,6 +11,8 @@ GREEDY_BELOW = 1e-5
 # Between the two, logits divided by the temperature overflow half precision: vLLM's lower limit, and ours.
 LOWEST_TEMPERATURE = 1e-2
 MOST_SAMPLES = 16384
+MOST_BEAMS = 1024
+SCORINGS = ("vllm", "transformers")
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +221,66 @@ class SamplingParams:
         )
 
     def _require(self, holds: bool, name: str, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        _require(self, holds, name, wanted)
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """Wishes of one beam search. The first five are vLLM's.
+
+    Args:
+        beam_width: beams that live at once, and answers that come out. In [1, 1024].
+        max_tokens: most tokens to generate.
+        ignore_eos: go on after the model's end-of-sequence token.
+        temperature: above 0, each beam's candidates include one token drawn at this temperature, as in vLLM. In [0, 2];
+            0 with scoring="transformers".
+        length_penalty: answers are compared by log probability / length ** length_penalty, so more favours longer ones.
+        scoring: "vllm" or "transformers": what ends, what the length of an answer is, and when the search stops
+            (`paged.beam_search` has the table).
+        early_stopping: with scoring="transformers", when to stop: True as soon as there are beam_width answers; False
+            if the best live beam scores no better than the worst of them; "never" if even at its longest it could not.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the range.
+
+    Example:
+        >>> BeamSearchParams(beam_width=0, max_tokens=8)
+        Traceback (most recent call last):
+        ValueError: beam_width must be an integer in [1, 1024], got 0
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    scoring: str = "vllm"
+    early_stopping: bool | str = False
+
+    def __post_init__(self) -> None:
+        width, early = self.beam_width, self.early_stopping
+        _require(
+            self,
+            _is_int(width) and 1 <= width <= MOST_BEAMS,
+            "beam_width",
+            f"an integer in [1, {MOST_BEAMS}]",
+        )
+        _require(self, _is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer >= 1")
+        _require(self, isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
+        temperature = self.temperature
+        _require(self, _is_number(temperature) and 0 <= temperature <= 2, "temperature", "a number in [0, 2]")
+        _require(self, _is_number(self.length_penalty), "length_penalty", "a finite number")
+        _require(self, self.scoring in SCORINGS, "scoring", f"one of {', '.join(SCORINGS)}")
+        _require(self, isinstance(early, bool) or early == "never", "early_stopping", "True, False or 'never'")
+        if self.scoring == "transformers":
+            _require(self, temperature == 0, "temperature", "0 with scoring='transformers'")
+        else:
+            _require(self, early is False, "early_stopping", "False with scoring='vllm', which never stops early")
+
+
+def _require(params: SamplingParams | BeamSearchParams, holds: bool, name: str, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}, got {getattr(params, name)!r}")
 
 
 def _is_int(value: object) -> bool:

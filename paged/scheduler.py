@@ -1,10 +1,10 @@
 """The scheduler: who computes which tokens in the next step.
 
-Continuous batching in four sentences. Before every step, each running request, oldest first, gets room for tokens that
+Continuous batching in five sentences. Before every step, each running request, oldest first, gets room for tokens that
 it has not computed, as many as the step's token budget allows: one for a decode, a chunk for a long prompt. When the
-pool is empty, the youngest gives its blocks back and will compute them again (preemption by recomputation). Then
-waiting requests are admitted, in order, as long as all that is known of the next one fits the free blocks and the
-running ones keep a block each to grow into. Nobody waits for anybody else's end.
+pool is empty, the youngest is preempted: it gives its blocks back, to compute them again later or, if they were swapped
+out to host memory, to copy them back. Then waiting requests are admitted, in order, as long as all that is known of the
+next one fits the free blocks and the running ones keep a block each to grow into. Nobody waits for anybody else's end.
 
                      add                 schedule                   update
     caller ---------------> waiting ---------------> running ---------------> finished
@@ -15,47 +15,17 @@ The first in order is never preempted, and every request that was accepted fits 
 forward and everyone ends.
 
 Nothing here knows a tensor or a model: `schedule` gives a Step, whoever runs it gives the sampled tokens to `update`.
+This file decides who and when; how blocks are filled, shared and moved is the KVCacheManager's business.
 """
 
 import bisect
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 
-from paged.blocks import BlockPool, BlockTable, CachedBlock, PrefixCache, TableChange, blocks_for
-from paged.request import FinishReason, Request, Sequence
-from paged.step import Admission, RowPlan, Sample, Step
-
-# A request that wants log probabilities of its prompt gets logits for every token of it: at most so many at once.
-PROMPT_LOGPROBS_CHUNK = 128
-
-
-@dataclass
-class _Draft:
-    """A step while it is planned: rows with a single token apart from the others, since they come first."""
-
-    budget: int
-    singles: list[RowPlan] = field(default_factory=list)
-    chunks: list[RowPlan] = field(default_factory=list)
-    admissions: list[Admission] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
-
-    def add(self, row: RowPlan, num_tokens: int) -> None:
-        (self.singles if num_tokens == 1 else self.chunks).append(row)
-        self.budget -= num_tokens
-
-    def drop(self, request: Request) -> None:
-        """A request was preempted: what was planned for it is not done."""
-        for rows in (self.singles, self.chunks):
-            self.budget += sum(len(row.token_ids) for row in rows if row.request_id == request.request_id)
-            rows[:] = [row for row in rows if row.request_id != request.request_id]
-        self.preempted.append(request.request_id)
-
-    def finish(self) -> Step:
-        # In order of length, so that whoever pads contexts to the longest can take neighbours together.
-        self.singles.sort(key=lambda row: row.start)
-        rows = (*self.singles, *self.chunks)
-        copies = tuple(copy for row in rows if row.table_change is not None for copy in row.table_change.copies)
-        return Step(rows, tuple(self.admissions), copies, tuple(self.preempted))
+from paged.blocks import BlockTable, num_blocks_to_write
+from paged.kv_cache_manager import KVCacheManager
+from paged.request import Branch, FinishReason, Request, Sequence
+from paged.step import Step
+from paged.step_draft import StepDraft
 
 
 class Scheduler:
@@ -63,6 +33,8 @@ class Scheduler:
 
     Args:
         num_blocks: all blocks of the pool, the null and the trash block included.
+        num_host_blocks: the same of a pool in host memory, where preempted requests are swapped to as long as it has
+            room; with 0, or without room, they are computed again.
         block_size: tokens a block holds.
         max_num_seqs: most sequences in one step; also the number of persistent rows.
         max_num_batched_tokens: most tokens in one step.
@@ -77,11 +49,12 @@ class Scheduler:
             (docs/design.md has the measurement).
 
     Attributes:
+        kv: who holds which blocks.
         pool: the blocks.
-        prefix_cache: what can be found, or None.
         waiting, running: the requests, each in order.
         num_preemptions: requests that lost their blocks, so far.
-        num_recomputed_tokens: tokens computed a second time because of that, so far.
+        num_swaps: how many of these times the blocks went to host memory.
+        num_recomputed_tokens: tokens computed a second time because they did not, so far.
 
     Example:
         >>> from paged.sampling_params import SamplingParams
@@ -108,6 +81,7 @@ class Scheduler:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        num_host_blocks: int = 0,
         enable_chunked_prefill: bool = True,
         long_prefill_token_threshold: int = 0,
         policy: str = "fcfs",
@@ -122,12 +96,18 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.long_prefill_token_threshold = long_prefill_token_threshold
         self.by_priority = policy == "priority"
-        self.sliding_window = sliding_window
-        self.pool = BlockPool(num_blocks)
-        self.prefix_cache = PrefixCache(self.pool, block_size) if enable_prefix_caching else None
+        self.kv = KVCacheManager(
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            block_size=block_size,
+            enable_prefix_caching=enable_prefix_caching,
+            sliding_window=sliding_window,
+        )
+        self.pool = self.kv.pool
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_swaps = 0
         self.num_recomputed_tokens = 0
         self._requests: dict[str, Request] = {}
         self._free_rows = list(reversed(range(max_num_seqs)))
@@ -135,7 +115,7 @@ class Scheduler:
 
     def new_block_table(self) -> BlockTable:
         """An empty block table over this scheduler's pool."""
-        return BlockTable(self.pool, self.block_size)
+        return self.kv.new_block_table()
 
     @property
     def has_unfinished(self) -> bool:
@@ -146,16 +126,22 @@ class Scheduler:
         """Put a request into the queue.
 
         Raises:
-            ValueError: its name is taken, or it can never run: too many samples, or too long for one step or for the
-                whole pool.
+            ValueError: its name is taken, or it can never run: too many samples or beams, or too long for one step or
+                for the whole pool.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is already waiting or running; give it another name")
         num_prompt, num_sequences = len(request.prompt_token_ids), len(request.sequences)
+        count = f"beam_width={num_sequences}" if request.is_beam_search else f"n={num_sequences}"
         if num_sequences > self.max_num_seqs:
             raise ValueError(
-                f"request {request.request_id!r} wants n={num_sequences} samples and a step runs at most "
-                f"max_num_seqs={self.max_num_seqs} sequences; raise that or lower n"
+                f"request {request.request_id!r} wants {count} sequences and a step runs at most "
+                f"max_num_seqs={self.max_num_seqs}; raise that or lower the number"
+            )
+        if request.is_beam_search and num_sequences > self.max_num_batched_tokens:
+            raise ValueError(
+                f"request {request.request_id!r} wants {count} and all beams go on in one step, which computes at most "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}; raise that or lower the number"
             )
         # The last token sampled is never computed: nothing comes after it.
         most_tokens = num_prompt + request.max_tokens - 1
@@ -165,12 +151,11 @@ class Scheduler:
                 f"{request.max_tokens}) and without chunked prefill one step computes at most "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}; raise that or lower max_tokens"
             )
-        shared = num_prompt // self.block_size
-        most_blocks = shared + num_sequences * (blocks_for(most_tokens, self.block_size) - shared)
+        most_blocks = self.kv.most_blocks(request)
         if most_blocks > self.pool.num_usable:
             raise ValueError(
                 f"request {request.request_id!r} can never fit the pool: prompt {num_prompt}, max_tokens "
-                f"{request.max_tokens} and n={num_sequences} take {most_blocks} blocks of {self.block_size}, and the "
+                f"{request.max_tokens} and {count} take {most_blocks} blocks of {self.block_size}, and the "
                 f"pool has {self.pool.num_usable} that can be used; lower max_tokens or enlarge the pool"
             )
         request.arrival = self._num_arrivals
@@ -185,7 +170,7 @@ class Scheduler:
         """
         if not self._requests:
             return None
-        draft = _Draft(self.max_num_batched_tokens)
+        draft = StepDraft(self.max_num_batched_tokens)
         self._schedule_running(draft)
         # Whoever lost its blocks a moment ago would only take them back from somebody else.
         if not draft.preempted:
@@ -202,7 +187,8 @@ class Scheduler:
 
         Returns:
             For each token who got it, or None if its request was aborted while the step ran. Sequences that it ended
-            have their `finish_reason` set and their blocks back in the pool.
+            have their `finish_reason` set and their blocks back in the pool. Beams get nothing here: `branch` says
+            how they go on.
         """
         grown: list[tuple[Request, Sequence] | None] = []
         first = 0
@@ -219,11 +205,34 @@ class Scheduler:
             if num_samples:
                 followers = request.followers if num_samples > 1 else ()
                 for follower in followers:  # before the leader may end and let go of its blocks
-                    self._follow(sequence, follower)
+                    self.kv.follow(sequence, follower)
                 for receiver, token in zip((sequence, *followers), tokens, strict=True):
                     self._receive(request, receiver, token)
                     grown.append((request, receiver))
         return grown
+
+    def branch(self, request: Request, branches: SequenceOf[Branch]) -> None:
+        """Let the beams of a request go on, each with one more token, from whichever beam it is to continue.
+
+        Args:
+            request: a beam search, all of whose beams were computed in the step before.
+            branches: one for each beam.
+        """
+        self.kv.branch(request, branches)
+
+    def fail(self, step: Step) -> list[Request]:
+        """A step failed, so nothing is sure of what it was to compute or to move.
+
+        Returns:
+            The requests that were in it, ended with the reason "error". Those that it was to swap out are not among
+            them: they will be computed again.
+        """
+        for request_id in step.preempted:
+            if request_id in self._requests:
+                self._discard(self._requests[request_id])
+        names = dict.fromkeys(row.request_id for row in step.rows)
+        failed = [self.abort(name, FinishReason.ERROR) for name in names]
+        return [request for request in failed if request is not None]
 
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: str | None = None, *, only: Sequence | None = None
@@ -242,75 +251,70 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> bool:
         """Forget what can be found; False if nothing was done, because a block is in use or there is no cache."""
-        if self.prefix_cache is None or self.pool.num_free < self.pool.num_usable:
+        if self.kv.prefix_cache is None or self.pool.num_free < self.pool.num_usable:
             return False
-        self.prefix_cache.reset()
+        self.kv.prefix_cache.reset()
         return True
 
     def _order(self, request: Request) -> tuple[int, int]:
         return (request.priority if self.by_priority else 0, request.arrival)
 
-    def _schedule_running(self, draft: _Draft) -> None:
+    def _schedule_running(self, draft: StepDraft) -> None:
         """Give every running request, in order, room for its next tokens; who stands in its way is preempted."""
         position = 0
         while position < len(self.running) and draft.budget > 0:  # the list may become shorter under way
             request = self.running[position]
-            for sequence in self._ready(request):
-                num_tokens = self._chunk(request, sequence, draft.budget)
-                if num_tokens == 0:
-                    break
-                table, start = sequence.block_table, sequence.num_computed_tokens
-                end = start + num_tokens
-                if table.is_writable(start, end):  # a decode inside a block: nothing has to be found for it
-                    draft.add(self._plan(request, sequence, end, None), num_tokens)
-                    continue
-                while table.num_blocks_to_write(start, end) > self.pool.num_free:
-                    victim = self.running[-1]
-                    self._preempt(victim)
-                    draft.drop(victim)
-                    if victim is request:
-                        return
-                draft.add(self._plan(request, sequence, end, table.prepare_write(start, end)), num_tokens)
+            writes = self._writes(request, draft)
+            # Mostly a decode inside a block of its own, for which nothing has to be found.
+            needs_blocks = not all(s.block_table.is_writable(s.num_computed_tokens, end) for s, end in writes)
+            while needs_blocks and self._num_blocks(writes) > self.pool.num_free:
+                victim = self.running[-1]  # nothing is planned for it yet: the list is gone through in order
+                self._preempt(victim, draft)
+                if victim is request:
+                    return
+            self._plan(request, writes, draft, needs_blocks=needs_blocks)
             position += 1
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, draft: StepDraft) -> None:
         """Admit waiting requests in order, as long as the next one fits as a whole."""
         while self.waiting and draft.budget > 0:
             request = self.waiting[0]
-            leader, *others = request.unfinished
-            found = self._lookup(request, leader)
-            # A block that nobody names counts as free until it is taken up again.
-            num_blocks = blocks_for(leader.num_tokens, self.block_size) - sum(
-                self.pool.ref_count(entry.block) > 0 for entry in found
-            )
-            shared = leader.num_prompt_tokens // self.block_size
-            if leader.num_output_tokens:
-                num_blocks += sum(blocks_for(other.num_tokens, self.block_size) - shared for other in others)
+            placement = self.kv.placement(request)
+            leader, num_sequences = request.unfinished[0], len(request.unfinished)
             num_spare = self.spare_blocks_per_seq * sum(len(r.unfinished) for r in self.running)
-            if 1 + len(others) > len(self._free_rows) or num_blocks + num_spare > self.pool.num_free:
+            if num_sequences > len(self._free_rows) or placement.num_blocks + num_spare > self.pool.num_free:
                 return  # nobody overtakes the head of the queue, or a long prompt would wait forever
-            start = len(found) * self.block_size
-            num_tokens = self._chunk(request, leader, draft.budget, start)
-            if num_tokens == 0:
+            start = leader.num_computed_tokens or len(placement.found[0]) * self.block_size
+            if self._chunk(request, leader, draft, draft.budget, start) == 0:
+                return
+            if request.is_beam_search and num_sequences > draft.budget:
                 return
             bisect.insort(self.running, self.waiting.pop(0), key=self._order)
             for sequence in request.unfinished:
-                draft.admissions.append(self._seat(request, sequence))
-            leader.block_table.adopt([entry.block for entry in found])
-            leader.chain, leader.num_computed_tokens = found, start
-            self._ready(request)  # the prompt may have been found whole; then the others begin where the leader does
+                draft.admit(request, sequence, self._free_rows.pop())
+            draft.swap_ins += self.kv.admit(request, placement)
             if request.num_cached_tokens is None:
-                request.num_cached_tokens = start
-            end = start + num_tokens
-            draft.add(self._plan(request, leader, end, leader.block_table.prepare_write(start, end)), num_tokens)
+                request.num_cached_tokens = leader.num_computed_tokens
+            self._plan(request, self._writes(request, draft), draft)
 
-    def _lookup(self, request: Request, leader: Sequence) -> list[CachedBlock]:
-        """The blocks of a request's beginning that are there already."""
-        if self.prefix_cache is None or request.sampling_params.prompt_logprobs is not None:
-            return []
-        # Others will begin where the prompt ends, so the leader may not begin behind it.
-        end = leader.num_tokens if len(request.unfinished) == 1 else leader.num_prompt_tokens + 1
-        return self.prefix_cache.lookup(leader.token_ids[:end], request.cache_salt)
+    def _writes(self, request: Request, draft: StepDraft) -> list[tuple[Sequence, int]]:
+        """What a running request computes in this step: its sequences, and how far each of them gets."""
+        budget = draft.budget
+        sequences = self._ready(request)
+        if request.is_beam_search:
+            # Beams are compared with each other, so their last tokens are computed together or not at all.
+            behind = [sequence for sequence in sequences if sequence.num_computed_tokens < sequence.num_tokens - 1]
+            if not behind and len(sequences) > budget:
+                return []
+            sequences = behind or sequences
+        writes = []
+        for sequence in sequences:
+            num_tokens = self._chunk(request, sequence, draft, budget)
+            if num_tokens == 0:
+                break
+            writes.append((sequence, sequence.num_computed_tokens + num_tokens))
+            budget -= num_tokens
+        return writes
 
     def _ready(self, request: Request) -> list[Sequence]:
         """The sequences of a running request that can compute something now."""
@@ -321,48 +325,48 @@ class Scheduler:
         if followers and leader.num_computed_tokens < leader.num_prompt_tokens:
             return [leader]
         for follower in followers:  # of a request that was preempted: they have tokens of their own already
-            self._follow(leader, follower)
+            self.kv.follow(leader, follower)
         return unfinished
 
-    def _chunk(self, request: Request, sequence: Sequence, budget: int, start: int | None = None) -> int:
-        """How many tokens of a sequence this step computes; 0 if its turn has not come."""
+    def _chunk(
+        self, request: Request, sequence: Sequence, draft: StepDraft, budget: int, start: int | None = None
+    ) -> int:
+        """How many tokens of a sequence this step computes, of `budget` at most; 0 if its turn has not come."""
         start = sequence.num_computed_tokens if start is None else start
         num_tokens = len(sequence.token_ids) - start
         if num_tokens == 1:
             return min(1, budget)
         if request.followers and start < sequence.num_prompt_tokens:
             num_tokens = sequence.num_prompt_tokens - start
+        elif request.is_beam_search and len(request.sequences) > 1:
+            num_tokens -= 1
         if self.long_prefill_token_threshold > 0:
             num_tokens = min(num_tokens, self.long_prefill_token_threshold)
         if request.sampling_params.prompt_logprobs is not None:
-            num_tokens = min(num_tokens, PROMPT_LOGPROBS_CHUNK)
+            num_tokens = min(num_tokens, draft.target_budget)
         if num_tokens > budget and not self.enable_chunked_prefill:
             return 0
         return min(num_tokens, budget)
 
-    def _plan(self, request: Request, sequence: Sequence, end: int, change: TableChange | None) -> RowPlan:
-        """Write down that a sequence computes its tokens up to `end`, for which its table was changed like that."""
-        start, row, num_blocks = sequence.num_computed_tokens, sequence.row, len(sequence.block_table.blocks)
-        assert row is not None, "only a sequence with a row is planned"
-        first = sequence.num_told_blocks if change is None else min(change.first_index, sequence.num_told_blocks)
-        told = None
-        if first < num_blocks:
-            copies = () if change is None else change.copies
-            told = TableChange(first, tuple(sequence.block_table.blocks[first:]), copies)
-            sequence.num_told_blocks = num_blocks
-        samples: tuple[Sample, ...] = ()
-        if end == len(sequence.token_ids):
-            samples = (_sample(request, sequence),)
-            if end == sequence.num_prompt_tokens:
-                samples += tuple(_sample(request, follower) for follower in request.followers)
-        targets: tuple[int, ...] = ()
-        if start < sequence.num_prompt_tokens and request.sampling_params.prompt_logprobs is not None:
-            targets = request.prompt_token_ids[start + 1 : end + 1]
-        tokens = tuple(sequence.token_ids[start:end])
-        return RowPlan(request.request_id, sequence.index, row, start, tokens, told, samples, targets)
+    def _num_blocks(self, writes: list[tuple[Sequence, int]]) -> int:
+        """Free blocks that these writes take."""
+        return num_blocks_to_write(self.pool, [(s.block_table, s.num_computed_tokens, end) for s, end in writes])
+
+    def _plan(
+        self, request: Request, writes: list[tuple[Sequence, int]], draft: StepDraft, *, needs_blocks: bool = True
+    ) -> None:
+        """Plan writes of a request, for which there are free blocks enough if they need any."""
+        for sequence, end in writes:
+            start = sequence.num_computed_tokens
+            change = sequence.block_table.prepare_write(start, end) if needs_blocks else None
+            draft.plan(request, sequence, end, change)
 
     def _receive(self, request: Request, sequence: Sequence, token: int | None) -> None:
         """A sequence gets a token, which may be its last."""
+        if request.is_beam_search:
+            if token is None:  # without its candidates the others cannot be compared
+                self.finish(request, FinishReason.ERROR)
+            return
         if token is None:
             sequence.finish_reason = FinishReason.ERROR
         else:
@@ -375,62 +379,42 @@ class Scheduler:
         """The K and V of a sequence's tokens up to `end` are in the pool."""
         if sequence.num_computed_tokens < sequence.num_discarded_tokens:
             self.num_recomputed_tokens += min(end, sequence.num_discarded_tokens) - sequence.num_computed_tokens
-        sequence.num_computed_tokens = end
-        if self.prefix_cache is not None and end // self.block_size > len(sequence.chain):
-            blocks = sequence.block_table.blocks
-            self.prefix_cache.publish(sequence.chain, sequence.token_ids, blocks, end, request.cache_salt)
-        if self.sliding_window is not None:
-            # The next token, at position `end`, sees itself and sliding_window - 1 tokens before it.
-            first_changed = sequence.block_table.drop_before(end - self.sliding_window + 1)
-            if first_changed is not None:
-                sequence.num_told_blocks = min(sequence.num_told_blocks, first_changed)
+        self.kv.computed(request, sequence, end)
 
-    def _follow(self, leader: Sequence, follower: Sequence) -> None:
-        """Begin where the leader stands at the end of the prompt, on the same blocks."""
-        follower.block_table = leader.block_table.fork(follower.num_prompt_tokens)
-        follower.chain = leader.chain[: follower.num_prompt_tokens // self.block_size]
-        follower.num_computed_tokens = follower.num_prompt_tokens
-        follower.num_told_blocks = 0
-
-    def _seat(self, request: Request, sequence: Sequence) -> Admission:
-        """Give a sequence a row."""
-        sequence.row = self._free_rows.pop()
-        sequence.num_told_blocks = 0
-        return Admission(
-            sequence.row,
-            request.sampling_params,
-            request.seed + sequence.index,
-            request.prompt_token_ids,
-            tuple(sequence.output_token_ids),
-        )
-
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, draft: StepDraft) -> None:
         """Take a request's blocks away. It keeps its tokens and goes back to its place in the queue."""
+        copies = self.kv.swap_out(request)
+        if copies is None:
+            self._discard(request)
+        else:
+            draft.swap_outs += copies
+            self.num_swaps += 1
         for sequence in request.unfinished:
-            self._give_back(sequence)
-            sequence.num_discarded_tokens = max(sequence.num_discarded_tokens, sequence.num_computed_tokens)
-            sequence.num_computed_tokens = 0
+            self._leave_row(sequence)
+        draft.preempted.append(request.request_id)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
         bisect.insort(self.waiting, request, key=self._order)
 
+    def _discard(self, request: Request) -> None:
+        """Let go of the K and V of a request, which will be computed again."""
+        for sequence in request.unfinished:
+            self.kv.release(sequence)
+            sequence.num_discarded_tokens = max(sequence.num_discarded_tokens, sequence.num_computed_tokens)
+            sequence.num_computed_tokens = 0
+
     def _release(self, request: Request, sequence: Sequence) -> None:
         """A sequence has ended: its blocks and its row are free; after the last one so is the request's name."""
-        self._give_back(sequence)
+        self.kv.release(sequence)
+        self._leave_row(sequence)
         if request.is_finished and self._requests.pop(request.request_id, None) is not None:
             if request in self.running:
                 self.running.remove(request)
             else:
                 self.waiting.remove(request)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        sequence.block_table.free()
+    def _leave_row(self, sequence: Sequence) -> None:
         if sequence.row is not None:
             self._free_rows.append(sequence.row)
             sequence.row = None
-
-
-def _sample(request: Request, sequence: Sequence) -> Sample:
-    assert sequence.row is not None, "every sequence of a running request has a row"
-    return Sample(sequence.row, request.banned_token_ids(sequence) if request.may_ban else ())

@@ -39,7 +39,8 @@ class Sample(NamedTuple):
 
     Attributes:
         row: the row whose sequence gets it, and whose wishes count. It is the row that computes, and also the rows of
-            the other samples of a request when its prompt is done: they all begin from the same logits.
+            the other samples of a request when its prompt is done: they all begin from the same logits. (So do beams,
+            but what they get is chosen among the leader's candidates.)
         banned_token_ids: tokens that must not be sampled now.
     """
 
@@ -83,6 +84,8 @@ class Step:
         rows: what each sequence computes. Those with a single token come first, in order of length, so that rows of a
             kind (one query against a context of about that length, or many queries) lie beside each other.
         admissions: rows handed out since the last step.
+        swap_outs: blocks to copy to host blocks, before anything else: they may be written in this very step.
+        swap_ins: host blocks to copy to blocks, next. A step has swap_outs or swap_ins, never both.
         copies: blocks to copy before anything is written.
         preempted: requests whose blocks were taken away to make this step possible.
 
@@ -96,6 +99,8 @@ class Step:
 
     rows: tuple[RowPlan, ...]
     admissions: tuple[Admission, ...] = ()
+    swap_outs: tuple[BlockCopy, ...] = ()
+    swap_ins: tuple[BlockCopy, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     preempted: tuple[str, ...] = ()
 

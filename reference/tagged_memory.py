@@ -22,7 +22,7 @@ class WrongWrite(AssertionError):
 
 
 class TaggedMemory:
-    """A pool of `num_blocks` blocks of `block_size` slots.
+    """A pool of `num_blocks` blocks of `block_size` slots, and one of `num_host_blocks` that blocks are swapped to.
 
     Example: "b" was given a block that "a" still reads.
         >>> memory = TaggedMemory(num_blocks=4, block_size=2)
@@ -37,9 +37,11 @@ class TaggedMemory:
         which should hold token 7 of 'a' and holds token 9 at position 0, written by 'b'
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_host_blocks = num_host_blocks
+        self._host: dict[int, tuple[list[int | None], list[str | None]]] = {}
         self._slots: list[int | None] = [None] * (num_blocks * block_size)
         self._writers: list[str | None] = [None] * (num_blocks * block_size)
         self._children: dict[tuple[int, int], int] = {}
@@ -91,10 +93,38 @@ class TaggedMemory:
         self._slots[there : there + size] = self._slots[here : here + size]
         self._writers[there : there + size] = self._writers[here : here + size]
 
+    def swap_out(self, block: int, host_block: int) -> None:
+        """Copy a whole block to the host.
+
+        Raises:
+            WrongWrite: the host has no such block, or it holds one that was not brought back or forgotten.
+        """
+        if not 0 < host_block < self.num_host_blocks:
+            raise WrongWrite(f"block {block} is swapped out to host block {host_block} of {self.num_host_blocks}")
+        if host_block in self._host:
+            raise WrongWrite(f"block {block} is swapped out to host block {host_block}, which holds another one")
+        first, last = block * self.block_size, (block + 1) * self.block_size
+        self._host[host_block] = (self._slots[first:last], self._writers[first:last])
+
+    def swap_in(self, host_block: int, block: int) -> None:
+        """Copy a whole block back from the host, which does not hold it any longer.
+
+        Raises:
+            WrongRead: the host does not hold it.
+        """
+        if host_block not in self._host:
+            raise WrongRead(f"block {block} is swapped in from host block {host_block}, which holds nothing")
+        first, last = block * self.block_size, (block + 1) * self.block_size
+        self._slots[first:last], self._writers[first:last] = self._host.pop(host_block)
+
     def forget(self, block: int) -> None:
         """Poison a block that was freed: whoever still reads it reads what nobody wrote."""
         first = block * self.block_size
         self._slots[first : first + self.block_size] = [None] * self.block_size
+
+    def forget_on_host(self, host_block: int) -> None:
+        """The same for a host block, whether or not it holds anything."""
+        self._host.pop(host_block, None)
 
     def _check(self, name: str, block_table: Sequence[int], tokens: Sequence[int], first_visible: int) -> int:
         """The prefix of `tokens`, after comparing every slot on the way."""

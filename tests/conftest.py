@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Longer runs of what is drawn at random."""
     parser.addoption("--schedules", type=int, default=20_000, help="random schedules without a model (default: 20,000)")
+    parser.addoption("--model-schedules", type=int, default=240, help="random schedules with a tiny one (default: 240)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

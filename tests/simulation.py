@@ -7,8 +7,8 @@ read, and one that loses or doubles a token gives other tokens than running each
 from collections import Counter
 from dataclasses import dataclass, field
 
-from paged.blocks import NULL_BLOCK
-from paged.request import FinishReason, Request
+from paged.blocks import NULL_BLOCK, CachedBlock
+from paged.request import Branch, FinishReason, Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
 from paged.step import Step
@@ -35,6 +35,21 @@ def alone(prompt: list[int], max_tokens: int, eos: int | None, index: int = 0) -
     return tokens[len(prompt) :]
 
 
+def choose(beams: list[list[int]], width: int) -> list[Branch]:
+    """A stand-in for the choice of beams: any of them may be continued by any number, or by none."""
+    state = next_token([token for beam in beams for token in beam])
+    parents = [(state // (i + 1)) % len(beams) for i in range(width)]
+    return [Branch(parent, next_token(beams[parent], i)) for i, parent in enumerate(parents)]
+
+
+def beams_alone(prompt: list[int], max_tokens: int, width: int) -> list[list[int]]:
+    """The tokens of all beams with nothing beside them."""
+    beams = [list(prompt)]
+    for _ in range(max_tokens):
+        beams = [[*beams[branch.parent], branch.token] for branch in choose(beams, width)]
+    return [beam[len(prompt) :] for beam in beams]
+
+
 @dataclass
 class Wanted:
     """A request of a simulation: when it comes, and when it is aborted, in steps."""
@@ -46,6 +61,7 @@ class Wanted:
     n: int = 1
     priority: int = 0
     salt: str | None = None
+    beams: bool = False  # n beams instead of n samples
 
 
 @dataclass
@@ -61,7 +77,9 @@ class Simulation:
 
     def run(self) -> "Simulation":
         scheduler = self.scheduler
-        self.memory = TaggedMemory(scheduler.pool.num_blocks, scheduler.block_size)
+        host_pool = scheduler.kv.host_pool
+        num_host_blocks = 0 if host_pool is None else host_pool.num_blocks
+        self.memory = TaggedMemory(scheduler.pool.num_blocks, scheduler.block_size, num_host_blocks)
         self.tables: dict[int, list[int]] = {}
         self.indices: dict[int, int] = {}  # row -> which sample of its request it holds
         self.requests: dict[str, Request] = {}
@@ -75,11 +93,16 @@ class Simulation:
                 assert step.rows, "a step that computes nothing: the queue would never move"
                 self._check_step(step)
                 sampled = self._execute(step)
+                beams: dict[str, list[int]] = {}
                 for owner in scheduler.update(step, sampled):
                     assert owner is not None, "nobody aborts while a step runs here"
                     request, sequence = owner
-                    if sequence.is_finished:
+                    if request.is_beam_search:
+                        beams.setdefault(request.request_id, []).append(sequence.index)
+                    elif sequence.is_finished:
                         self.outputs[request.request_id, sequence.index] = sequence.output_token_ids
+                for name, computed in beams.items():
+                    self._branch(self.requests[name], computed)
             self._check_bookkeeping()
             self.num_steps += 1
             assert self.num_steps < limit, "somebody starves"
@@ -88,14 +111,32 @@ class Simulation:
     def check_outputs(self) -> None:
         """Every request ended, with the tokens it would have had alone."""
         for i, wanted in enumerate(self.wanted):
-            for index in range(wanted.n):
-                expected = alone(wanted.prompt, wanted.max_tokens, self.eos, index)
+            if wanted.beams:
+                answers = beams_alone(wanted.prompt, wanted.max_tokens, wanted.n)
+            else:
+                answers = [alone(wanted.prompt, wanted.max_tokens, self.eos, index) for index in range(wanted.n)]
+            for index, expected in enumerate(answers):
                 got = self.requests[str(i)].sequences[index].output_token_ids
                 if str(i) in self.aborted:
-                    assert got == expected[: len(got)], "an aborted request had wrong tokens"
+                    # A beam that was dropped later is found in nobody's answer.
+                    assert wanted.beams or got == expected[: len(got)], "an aborted request had wrong tokens"
                 else:
                     assert self.outputs[str(i), index] == got == expected, f"request {i}, sample {index}"
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable, "a block leaked"
+        self._check_prefix_cache()
+        host_pool = self.scheduler.kv.host_pool
+        assert host_pool is None or host_pool.num_free == host_pool.num_usable, "a host block leaked"
+
+    def _check_prefix_cache(self) -> None:
+        """Whatever can be found holds what it is found as: the tokens of its chain, from the first block on."""
+        cache, size = self.scheduler.kv.prefix_cache, self.scheduler.block_size
+        for entry in () if cache is None else cache._by_block.values():
+            chain = [entry]
+            while isinstance(chain[0].parent, CachedBlock):
+                chain.insert(0, chain[0].parent)
+            tokens = [token for found in chain for token in found.token_ids]
+            table = [NULL_BLOCK] * (len(chain) - 1) + [entry.block]
+            self.memory.read("the prefix cache", table, tokens, first_visible=len(tokens) - size)
 
     def _arrivals_and_aborts(self) -> None:
         for i, wanted in enumerate(self.wanted):
@@ -103,13 +144,14 @@ class Simulation:
                 request = Request(
                     str(i),
                     wanted.prompt,
-                    SamplingParams(max_tokens=wanted.max_tokens, n=wanted.n),
+                    SamplingParams(max_tokens=wanted.max_tokens, n=1 if wanted.beams else wanted.n),
                     block_table=self.scheduler.new_block_table(),
                     seed=0,  # sample i has seed + i, which tells the stand-in model which one it is
                     max_tokens=wanted.max_tokens,
                     eos_token_ids=frozenset() if self.eos is None else frozenset([self.eos]),
                     priority=wanted.priority,
                     cache_salt=wanted.salt,
+                    beam_width=wanted.n if wanted.beams else None,
                 )
                 self.requests[str(i)] = request
                 self.scheduler.add(request)
@@ -119,6 +161,18 @@ class Simulation:
                     assert request.is_finished
                     assert FinishReason.ABORT in {sequence.finish_reason for sequence in request.sequences}
                     self.aborted.add(str(i))
+                    self._check_bookkeeping()
+
+    def _branch(self, request: Request, computed: list[int]) -> None:
+        """All beams were computed: choose how they go on."""
+        is_first = request.sequences[0].num_output_tokens == 0
+        assert computed == ([0] if is_first else list(range(len(request.sequences)))), "beams out of step"
+        live = [request.sequences[index].token_ids for index in computed]
+        self.scheduler.branch(request, choose(live, len(request.sequences)))
+        if request.sequences[0].num_output_tokens == request.max_tokens:
+            self.scheduler.finish(request, FinishReason.LENGTH)
+            for sequence in request.sequences:
+                self.outputs[request.request_id, sequence.index] = sequence.output_token_ids
 
     def _check_step(self, step: Step) -> None:
         """What every Step promises."""
@@ -130,9 +184,17 @@ class Simulation:
         assert all(n > 1 for n in lengths[step.num_single :])
         names = [row.request_id for row in step.rows]
         assert not set(step.preempted) & set(names), "preempted and scheduled at once"
+        new_rows = {admission.row for admission in step.admissions}
+        admitted = {r.request_id for r in self.scheduler.running for s in r.sequences if s.row in new_rows}
+        assert admitted <= set(names), "admitted to compute nothing: nobody would know if the step failed"
+        assert not (step.swap_outs and step.swap_ins), "a host block could be read and written at once"
 
     def _execute(self, step: Step) -> list[int]:
         """Replay the step's changes on rows of our own, write, read, and sample."""
+        for copy in step.swap_outs:
+            self.memory.swap_out(copy.source, copy.target)
+        for copy in step.swap_ins:
+            self.memory.swap_in(copy.source, copy.target)
         for copy in step.copies:
             self.memory.copy_block(copy.source, copy.target)
         for admission in step.admissions:
@@ -162,7 +224,7 @@ class Simulation:
 
     def _first_visible(self, position: int) -> int:
         """The first position that the token at `position` sees."""
-        window = self.scheduler.sliding_window
+        window = self.scheduler.kv.sliding_window
         return 0 if window is None else max(0, position - window + 1)
 
     def _check_bookkeeping(self) -> None:
@@ -173,7 +235,7 @@ class Simulation:
             for sequence in request.unfinished:
                 entries.update(block for block in sequence.block_table.blocks if block != NULL_BLOCK)
                 assert sequence.num_computed_tokens <= sequence.num_tokens
-                held = len(sequence.block_table.blocks) * scheduler.block_size
+                held = len((sequence.host_table or sequence.block_table).blocks) * scheduler.block_size
                 assert sequence.num_computed_tokens <= held
         assert pool.trash_block not in entries
         kept = set(pool.cached_blocks)
@@ -182,9 +244,30 @@ class Simulation:
             if not entries[block] and block not in kept:
                 self.memory.forget(block)
         assert pool.num_free + len(entries) == pool.num_usable
+        self._check_host()
         for queue in (scheduler.running, scheduler.waiting):
             order = [(r.priority * scheduler.by_priority, int(r.request_id)) for r in queue]
             assert order == sorted(order), "somebody overtook"
         rows = [s.row for r in scheduler.running for s in r.sequences if not s.is_finished]
         assert None not in rows
         assert all(s.row is None for r in scheduler.waiting for s in r.sequences)
+
+    def _check_host(self) -> None:
+        """The same for the host's blocks; what is there is not on the device."""
+        pool = self.scheduler.kv.host_pool
+        entries: Counter[int] = Counter()
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            for sequence in request.sequences:
+                if sequence.host_table is not None:
+                    assert request in self.scheduler.waiting
+                    assert not sequence.is_finished
+                    assert not sequence.block_table.blocks
+                    entries.update(block for block in sequence.host_table.blocks if block != NULL_BLOCK)
+        if pool is None:
+            assert not entries
+            return
+        for block in range(1, pool.trash_block):
+            assert pool.ref_count(block) == entries[block]
+            if not entries[block]:
+                self.memory.forget_on_host(block)
+        assert pool.num_free + len(entries) == pool.num_usable

@@ -22,7 +22,7 @@ def test_tokens_equal_transformers_generate(name, tmp_path):
     expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
     assert tokens == expected
     # Where every layer has a window, blocks are freed so early that the pool does not run out.
-    assert llm.engine.scheduler.num_preemptions > 0 or llm.engine.scheduler.sliding_window is not None
+    assert llm.engine.scheduler.num_preemptions > 0 or llm.engine.scheduler.kv.sliding_window is not None
     assert len({token for tokens in expected for token in tokens}) > 9, "a model that repeats itself would hide faults"
 
 

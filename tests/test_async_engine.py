@@ -24,8 +24,9 @@ async def collect(engine: AsyncEngine, name: str, prompt: list[int], most: int |
     return tokens
 
 
-def test_streams_beside_each_other_are_what_generate_gives(folders):
-    llm = load(folders["llama"], block_size=4, num_gpu_blocks_override=20)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_streams_beside_each_other_are_what_generate_gives(device, folders):
+    llm = load(folders["llama"], device=device, block_size=4, num_gpu_blocks_override=20)
     prompts = token_prompts([5, 17, 30])
     expected = tokens_of(llm.generate(as_prompts(prompts), GREEDY))
     engine = AsyncEngine(llm.engine)

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged.blocks import BlockError, BlockPool, BlockTable, CachedBlock, OutOfBlocks, PrefixCache, blocks_for
+from paged.blocks import (
+    BlockError,
+    BlockPool,
+    BlockTable,
+    CachedBlock,
+    OutOfBlocks,
+    PrefixCache,
+    blocks_for,
+    num_blocks_to_write,
+)
 from reference.tagged_memory import TaggedMemory
 
 # (what, which table, how many tokens); the numbers are taken modulo what exists.
@@ -45,7 +54,7 @@ class Tables:
         table, tokens = self.live[name]
         start, end = len(tokens), len(tokens) + count
         before, free = table.blocks.copy(), self.pool.num_free
-        needed = table.num_blocks_to_write(start, end)
+        needed = num_blocks_to_write(self.pool, [(table, start, end)])
         if needed > free:
             with pytest.raises(OutOfBlocks):
                 table.prepare_write(start, end)

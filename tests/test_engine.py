@@ -81,9 +81,10 @@ def test_the_pool_takes_the_share_of_the_gpu_that_was_asked_for():
     llm = LLM(model="tiny", gpu_memory_utilization=share, **settings)
     assert llm.engine.runner.kv_cache_bytes > 2**28
     assert llm.engine.runner.num_blocks < 512 * 64, "the limit on the share was the one that held"
-    for length in (1000, 3):
+    for length, wishes in ((1000, {}), (3, {}), (100, {"logprobs": 20, "prompt_logprobs": 20})):
         prompt = {"prompt_token_ids": [5] * length}
-        llm.generate([prompt] * 64, SamplingParams(temperature=1, top_p=0.9, max_tokens=24, ignore_eos=True))
+        params = SamplingParams(temperature=1, top_p=0.9, max_tokens=24, ignore_eos=True, **wishes)
+        llm.generate([prompt] * 64, params)
     free_after, _ = torch.cuda.mem_get_info()
     # Whole pages of 2 MiB are handed out; and the next step must not need the share's last byte.
     assert total - free_after <= share * total + 32 * 2**20

@@ -78,7 +78,7 @@ def test_token_ids_may_come_in_any_container(kind, llm):
 
 def test_generate_refuses_to_run_requests_of_others(llm):
     llm.engine.add_request("mine", [1, 2], GREEDY)
-    with pytest.raises(ValueError, match="unfinished requests that generate did not add"):
+    with pytest.raises(ValueError, match="unfinished requests that this call did not add"):
         llm.generate(as_prompts([[3]]), GREEDY)
     assert llm.engine.abort_request("mine") is not None
     assert len(llm.generate(as_prompts([[3]]), GREEDY)) == 1
@@ -115,6 +115,10 @@ def test_a_name_can_be_used_once_at_a_time(llm):
         ({"kv_cache_memory_bytes": 100_000, "max_model_len": 256}, "Set max_model_len to at most 160"),
         ({"max_num_batched_tokens": 300, "enable_chunked_prefill": False}, "tokens=300 is less than max_model_len"),
         ({"max_model_len": 8, "max_num_batched_tokens": 10}, "less than max_num_seqs=256"),
+        ({"preemption_mode": "swop"}, "preemption_mode must be one of recompute, swap"),
+        ({"swap_space": 0}, "swap_space must be a number of GiB > 0, got 0"),
+        ({"swap_space": True}, "swap_space must be a number of GiB > 0, got True"),
+        ({"swap_space": 1e-6, "preemption_mode": "swap"}, r"swap_space=1e-06 GiB holds 0 blocks of .* bytes"),
         ({"dtype": "int8"}, "dtype must be one of auto, float16"),
         ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, .*; got 'fp4'"),
         ({"device": "warp"}, "device must be"),

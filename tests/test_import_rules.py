@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("paged", "reference")
 
 # Integers only: these rooms are read without knowing torch, and run in microseconds.
-INTEGER_ROOMS = ("paged.blocks", "paged.request", "paged.scheduler", "paged.step")
+INTEGER_ROOMS = (
+    "paged.blocks",
+    "paged.kv_cache_manager",
+    "paged.request",
+    "paged.scheduler",
+    "paged.step",
+    "paged.step_draft",
+)
 # Only the rooms that compare may know the reference.
 MAY_IMPORT_REFERENCE = ("paged.demo", "paged.oracle", "paged.traces", "paged.bench", "paged.course")
 # Imports inside functions keep `paged --help` quick; nowhere else.
@@ -30,6 +37,7 @@ LAYERS = (
     ("paged.answers",),
     ("paged.model", "paged.memory.events"),
     ("paged.batch", "paged.scheduler"),
+    ("paged.kv_cache_manager", "paged.beam_search", "paged.step_draft"),
     ("paged.wishes",),
     ("paged.step", "paged.request"),
     ("paged.kv_pool", "paged.attention", "paged.sampling", "paged.outputs", "paged.config", "paged.blocks"),

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged.kv_pool import LayerShape, allocate_layer, bytes_per_block, copy_blocks, storage_bytes, write
+from paged.kv_pool import (
+    LayerShape,
+    allocate_layer,
+    allocate_on_host,
+    bytes_per_block,
+    copy_blocks,
+    storage_bytes,
+    swap_blocks,
+    write,
+)
 
 SHAPE = LayerShape(num_kv_heads=2, head_dim=3, value_dim=5)
 
@@ -36,6 +45,29 @@ def test_whole_blocks_are_copied_in_every_layer():
             assert torch.equal(tensor[:4], was[:4])
             assert torch.equal(tensor[4], was[1])
             assert torch.equal(tensor[5], was[2])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_blocks_go_to_the_host_and_come_back_elsewhere(device):
+    caches = [allocate_layer(SHAPE, 6, 2, torch.float32, device) for _ in range(2)]
+    hosts = [allocate_on_host(cache, 4) for cache in caches]
+    assert all(tensor.device.type == "cpu" and tensor.shape[0] == 4 for host in hosts for tensor in host)
+    assert all(tensor.is_pinned() == (device == "cuda") for host in hosts for tensor in host)
+    for tensors in caches:
+        for tensor in tensors:
+            tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
+    before = [tuple(tensor.clone() for tensor in tensors) for tensors in caches]
+    swap_blocks(caches, hosts, [(1, 3), (4, 1)])
+    for tensors in caches:
+        for tensor in tensors:
+            tensor[[1, 4]] = -1
+    swap_blocks(hosts, caches, [(1, 2), (3, 5)])
+    for tensors, old in zip(caches, before, strict=True):
+        for tensor, was in zip(tensors, old, strict=True):
+            assert torch.equal(tensor[2], was[4])
+            assert torch.equal(tensor[5], was[1])
+            assert torch.equal(tensor[[0, 3]], was[[0, 3]])
+            assert (tensor[[1, 4]] == -1).all()
 
 
 @pytest.mark.parametrize("pairs", [[(1, 2), (3, 2)], [(1, 2), (2, 3)], [(1, 1)]], ids=str)

@@ -122,6 +122,8 @@ def test_settings_that_must_not_matter(kind, float64_folders):
     assert tokens(block_size=1, enable_prefix_caching=False) == expected
     assert tokens(block_size=5, max_num_batched_tokens=8, max_num_seqs=6) == expected
     assert tokens(block_size=4, num_gpu_blocks_override=24) == expected
+    swapping = {"preemption_mode": "swap", "spare_blocks_per_seq": 0, "enable_prefix_caching": False}
+    assert tokens(block_size=4, num_gpu_blocks_override=24, **swapping) == expected
     assert tokens(attention_form="fused", max_model_len=64, max_num_seqs=2) == expected
 
 

@@ -1,6 +1,8 @@
 """The scheduler over tagged memory: random workloads, every read checked, every request ends as if it were alone."""
 
+import logging
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +10,12 @@ from hypothesis import strategies as st
 from simulation import Simulation, Wanted, alone
 
 from paged.blocks import blocks_for
-from paged.request import Request
+from paged.request import Branch, Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
+from paged.step_draft import StepDraft
+
+logger = logging.getLogger(__name__)
 
 
 @st.composite
@@ -30,6 +35,7 @@ def simulations(draw) -> Simulation:
                 n=st.sampled_from([1, 1, 1, 2, 3]),
                 priority=st.integers(-1, 1),
                 salt=st.sampled_from([None, None, "salt"]),
+                beams=st.booleans(),
             ),
             min_size=1,
             max_size=8,
@@ -37,12 +43,14 @@ def simulations(draw) -> Simulation:
     )
     wanted.sort(key=lambda w: w.arrives)  # the harness adds those of a step in this order
     longest = max(len(w.prompt) + w.max_tokens for w in wanted)
+    widest = max(w.n if w.beams else 1 for w in wanted)
     chunked = draw(st.booleans())
     scheduler = Scheduler(
         num_blocks=2 + max(most_blocks(w, block_size) for w in wanted) + draw(st.integers(0, 20)),
         block_size=block_size,
         max_num_seqs=max(w.n for w in wanted) + draw(st.integers(0, 6)),
-        max_num_batched_tokens=draw(st.integers(1, 60)) if chunked else longest + draw(st.integers(0, 60)),
+        max_num_batched_tokens=draw(st.integers(widest, 60)) if chunked else longest + draw(st.integers(0, 60)),
+        num_host_blocks=draw(st.sampled_from([0, 0, 3, 12, 60])),
         enable_chunked_prefill=chunked,
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5])) if chunked else 0,
         policy=draw(st.sampled_from(["fcfs", "priority"])),
@@ -74,17 +82,20 @@ def random_simulation(seed: int) -> Simulation:
             n=rng.choice((1, 1, 1, 2, 3)),
             priority=rng.randint(-1, 1),
             salt=rng.choice((None, None, "salt")),
+            beams=rng.random() < 0.25,
         )
         for _ in range(rng.randint(1, 8))
     ]
     wanted.sort(key=lambda w: w.arrives)
     longest = max(len(w.prompt) + w.max_tokens for w in wanted)
+    widest = max(w.n if w.beams else 1 for w in wanted)
     chunked = rng.random() < 0.7
     scheduler = Scheduler(
         num_blocks=2 + max(most_blocks(w, block_size) for w in wanted) + rng.randint(0, 20),
         block_size=block_size,
         max_num_seqs=max(w.n for w in wanted) + rng.randint(0, 6),
-        max_num_batched_tokens=rng.randint(1, 60) if chunked else longest + rng.randint(0, 60),
+        max_num_batched_tokens=rng.randint(widest, 60) if chunked else longest + rng.randint(0, 60),
+        num_host_blocks=rng.choice((0, 0, 3, 12, 60)),
         enable_chunked_prefill=chunked,
         long_prefill_token_threshold=rng.choice((0, 0, 1, 5)) if chunked else 0,
         policy=rng.choice(("fcfs", "priority")),
@@ -97,17 +108,25 @@ def random_simulation(seed: int) -> Simulation:
 
 def test_many_random_schedules(pytestconfig):
     """`--schedules N` runs more than the 20,000 of every test run."""
-    preemptions = cached = 0
+    totals: Counter[str] = Counter()
     for seed in range(pytestconfig.getoption("--schedules")):
         try:
             simulation = random_simulation(seed).run()
             simulation.check_outputs()
         except AssertionError as error:
             raise AssertionError(f"random_simulation({seed}): {error}") from error
-        preemptions += simulation.scheduler.num_preemptions
-        cached += sum(request.num_cached_tokens or 0 for request in simulation.requests.values())
-    assert preemptions > 0, "the pools have to be too small, or nothing was tested"
-    assert cached > 0
+        scheduler = simulation.scheduler
+        totals["swaps"] += scheduler.num_swaps
+        totals["recomputations"] += scheduler.num_preemptions - scheduler.num_swaps
+        totals["blocks swapped out"] += scheduler.kv.num_swapped_out_blocks
+        totals["blocks swapped in"] += scheduler.kv.num_swapped_in_blocks
+        totals["cached tokens"] += sum(request.num_cached_tokens or 0 for request in simulation.requests.values())
+        totals["beams swapped"] += sum(
+            request.num_preemptions for request in simulation.requests.values() if request.is_beam_search
+        )
+    logger.info("%s", dict(totals))
+    assert min(totals.values()) > 0, "the pools have to be too small, or nothing was tested"
+    assert totals["blocks swapped in"] < totals["blocks swapped out"], "some are found on the device"
 
 
 @settings(max_examples=500, deadline=None)
@@ -170,6 +189,166 @@ def test_the_youngest_is_preempted_and_computed_again():
     assert (s.num_preemptions, s.num_recomputed_tokens) == (1, 6)
 
 
+def swapping(num_host_blocks: int = 12, **settings) -> Scheduler:
+    """Two requests of two samples that do not fit the pool together: "b" was just preempted, after two steps."""
+    s = scheduler(num_blocks=14, block_size=2, spare_blocks_per_seq=0, num_host_blocks=num_host_blocks, **settings)
+    for name, start in (("a", 0), ("b", 20)):
+        params = SamplingParams(max_tokens=8, n=2)
+        prompt = range(start, start + 5)
+        s.add(Request(name, prompt, params, block_table=s.new_block_table(), seed=0, max_tokens=8))
+    step = s.schedule()
+    while not step.preempted:
+        s.update(step, range(40, 40 + sum(len(row.samples) for row in step.rows)))
+        step = s.schedule()
+    assert step.preempted == ("b",)
+    s.last = step
+    return s
+
+
+def finish_all(s: Scheduler, step) -> list[tuple[str, int, int]]:
+    """Run to the end; every row that was planned on the way."""
+    rows = []
+    while step is not None:
+        rows += planned(step)
+        s.update(step, [1] * sum(len(row.samples) for row in step.rows))
+        step = s.schedule()
+    return rows
+
+
+def test_the_youngest_is_swapped_out_and_goes_on_where_it_was():
+    s = swapping()
+    (b,) = s.waiting
+    first, second = b.sequences
+    # Five tokens of prompt in blocks of two: two full ones are shared, and each sample has its own after that.
+    assert first.host_table.blocks[:2] == second.host_table.blocks[:2]
+    held = {*first.host_table.blocks, *second.host_table.blocks}
+    assert len(s.last.swap_outs) == len(held) == 2 * len(first.host_table.blocks) - 2, "a shared block goes once"
+    assert {copy.target for copy in s.last.swap_outs} == held
+    assert (s.num_preemptions, s.num_swaps) == (1, 1)
+    computed = first.num_computed_tokens
+    assert computed == second.num_computed_tokens > 5
+    assert first.block_table.blocks == second.block_table.blocks == []
+    step, seen = s.last, []
+    while not step.swap_ins:
+        s.update(step, [1] * sum(len(row.samples) for row in step.rows))
+        step = s.schedule()
+    assert {copy.source for copy in step.swap_ins} == held
+    assert first.host_table is second.host_table is None
+    assert [start for name, start, _ in planned(step) if name == "b"] == [computed, computed]
+    seen = finish_all(s, step)
+    assert ("b", 0, 5) not in seen
+    assert s.num_recomputed_tokens == 0
+    assert s.kv.num_swapped_in_blocks == s.kv.num_swapped_out_blocks == len(held)
+    assert s.kv.host_pool.num_free == s.kv.host_pool.num_usable
+    assert s.pool.num_free == s.pool.num_usable
+
+
+def test_a_full_host_means_recomputation():
+    s = swapping(num_host_blocks=5)
+    assert s.last.swap_outs == ()
+    assert (s.num_preemptions, s.num_swaps) == (1, 0)
+    assert ("b", 0, 5) in finish_all(s, s.last)
+    assert s.num_recomputed_tokens > 0
+
+
+def test_what_the_device_still_has_is_not_copied_back():
+    """With a prefix cache: "a" and "c" share a prompt, so its blocks never leave the device."""
+    s = scheduler(num_blocks=9, spare_blocks_per_seq=0, num_host_blocks=9, enable_prefix_caching=True)
+    for name in ("a", "c"):
+        s.add(request(s, name, 9, max_tokens=12))
+    s.update(s.schedule(), [1, 2])
+    # Both prompts were computed in one step, each into blocks of its own; now "c" comes again and finds those of "a".
+    s.abort("c")
+    s.add(request(s, "c", 9, max_tokens=12))
+    step = s.schedule()
+    while not step.preempted:
+        s.update(step, [1 if row.request_id == "a" else 2 for row in step.rows])
+        step = s.schedule()
+    (c,) = s.waiting
+    assert len(step.swap_outs) == len(c.sequences[0].host_table.blocks) > 2
+    computed = c.sequences[0].num_computed_tokens
+    rows = [(name, start) for name, start, _ in finish_all(s, step) if name == "c"]
+    assert rows[0] == ("c", computed)
+    assert s.num_recomputed_tokens == 0
+    assert s.kv.num_swapped_in_blocks <= s.kv.num_swapped_out_blocks - 2, "two full blocks of the prompt were found"
+
+
+def test_a_swapped_request_can_be_aborted():
+    s = swapping()
+    s.abort("b")
+    assert s.kv.host_pool.num_free == s.kv.host_pool.num_usable
+    assert {name for name, *_ in finish_all(s, s.last)} == {"a"}
+
+
+def test_a_failed_step_has_swapped_nothing_out():
+    """Nobody knows what it copied: "a" ends with an error, "b" is computed again."""
+    s = swapping()
+    (failed,) = s.fail(s.last)
+    assert failed.request_id == "a"
+    assert {sequence.finish_reason for sequence in failed.sequences} == {"error"}
+    assert s.kv.host_pool.num_free == s.kv.host_pool.num_usable
+    assert s.pool.num_free == s.pool.num_usable
+    assert ("b", 0, 5) in finish_all(s, s.schedule())
+
+
+def test_beams_are_computed_together_or_not_at_all():
+    s = scheduler(num_blocks=40, max_num_batched_tokens=6)
+    s.add(request(s, "a", 3, max_tokens=9))
+    params = SamplingParams()
+    tables = {"block_table": s.new_block_table(), "seed": 0, "max_tokens": 9}
+    beams = Request("b", range(20, 25), params, beam_width=3, **tables)
+    s.add(beams)
+    step = s.schedule()
+    assert planned(step) == [("a", 0, 3), ("b", 0, 3)]
+    s.update(step, [1])
+    step = s.schedule()
+    assert planned(step) == [("a", 3, 4), ("b", 3, 5)]
+    assert len(step.rows[1].samples) == 1, "all begin with what the first one finds"
+    s.update(step, [1, 7])
+    assert beams.sequences[0].num_output_tokens == 0, "beams get their tokens from branch"
+    s.branch(beams, [Branch(0, 7), Branch(0, 8), Branch(0, 9)])
+    assert [sequence.output_token_ids for sequence in beams.sequences] == [[7], [8], [9]]
+    step = s.schedule()
+    assert planned(step) == [("a", 4, 5)] + [("b", 5, 6)] * 3
+    tables = [sequence.block_table.blocks for sequence in beams.sequences]
+    assert len({table[0] for table in tables}) == 1
+    assert len({table[1] for table in tables}) == 3, "two copies, and one keeps the block"
+    assert len(step.copies) == 2
+    s.update(step, [1] * 4)
+    s.branch(beams, [Branch(2, 1), Branch(2, 2), Branch(0, 3)])
+    assert [sequence.output_token_ids for sequence in beams.sequences] == [[9, 1], [9, 2], [7, 3]]
+    for name in ("c", "d"):
+        s.add(request(s, name, 1, max_tokens=9))
+    step = s.schedule()
+    assert [name for name, *_ in planned(step)].count("b") == 3
+    s.max_num_batched_tokens = 3  # "a" takes one
+    s.update(step, [1] * sum(len(row.samples) for row in step.rows))
+    s.branch(beams, [Branch(0, 1)] * 3)
+    assert "b" not in [name for name, *_ in planned(s.schedule())], "two tokens are left, and three beams"
+
+
+def test_beams_that_are_computed_again_wait_for_each_other():
+    """With too few tokens a step for all of them, their last tokens still come in the same step."""
+    s = scheduler(num_blocks=40, max_num_batched_tokens=4)
+    table = s.new_block_table()
+    beams = Request("b", range(5), SamplingParams(), block_table=table, seed=0, max_tokens=9, beam_width=3)
+    s.add(beams)
+    step, sampled = s.schedule(), []
+    while step is not None:
+        sampled.append([len(row.samples) for row in step.rows])
+        s.update(step, [1] * sum(sampled[-1]))
+        if sampled[-1] in ([1], [1, 1, 1]):
+            s.branch(beams, [Branch(i if len(sampled[-1]) == 3 else 0, 10 * i) for i in range(3)])
+        if len(sampled) == 6:
+            s._preempt(beams, StepDraft(0))
+        if beams.sequences[0].num_output_tokens == 7:
+            s.finish(beams, "length")
+        step = s.schedule()
+    assert s.num_recomputed_tokens > 0
+    assert len(sampled) > 10
+    assert all(samples in ([1], [1, 1, 1]) or not any(samples) for samples in sampled)
+
+
 def test_spare_blocks_are_kept_for_the_running():
     s = scheduler(num_blocks=7, block_size=4, spare_blocks_per_seq=1)  # five usable
     s.add(request(s, "a", 8))
@@ -214,6 +393,23 @@ def test_a_prompt_is_cut_into_chunks_beside_decodes():
     step = s.schedule()
     assert planned(step) == [("a", 10, 11), ("b", 14, 18)]
     assert [len(row.samples) for row in step.rows] == [1, 1]
+
+
+def test_few_prompt_tokens_are_scored_in_a_step():
+    """Each needs a row of logits. What one request leaves of the 128, the next one may have."""
+    s = scheduler(num_blocks=200, max_num_batched_tokens=500)
+    for name, length in (("a", 100), ("b", 70), ("c", 5)):
+        params = SamplingParams(max_tokens=4, prompt_logprobs=1)
+        s.add(Request(name, range(length), params, block_table=s.new_block_table(), seed=0, max_tokens=4))
+    s.add(request(s, "d", 30))
+    seen = []
+    while len(seen) < 2:
+        step = s.schedule()
+        assert sum(len(row.prompt_targets) for row in step.rows) <= 128
+        seen.append(planned(step))
+        s.update(step, [1] * sum(len(row.samples) for row in step.rows))
+    assert seen[0] == [("a", 0, 100), ("b", 0, 29)]
+    assert seen[1] == [("a", 100, 101), ("b", 29, 70), ("c", 0, 5), ("d", 0, 30)]
 
 
 def test_a_long_prompt_leaves_room_for_others():
@@ -334,7 +530,7 @@ def test_what_can_never_run_is_refused():
     with pytest.raises(ValueError, match=r"may grow to 70 tokens .* max_num_batched_tokens=64"):
         s.add(request(s, "a", 67))
     too_many = Request("a", [1], SamplingParams(n=5), block_table=s.new_block_table(), seed=0, max_tokens=1)
-    with pytest.raises(ValueError, match=r"wants n=5 samples .* max_num_seqs=4"):
+    with pytest.raises(ValueError, match=r"wants n=5 sequences .* max_num_seqs=4"):
         s.add(too_many)
     assert not s.has_unfinished
 

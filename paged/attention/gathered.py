@@ -17,7 +17,6 @@ from paged.attention.scores import (
     compute_dtype,
     dequantised,
     nothing_seen,
-    place_tokens,
     softmax_with_sink,
     visible_keys,
 )
@@ -87,12 +86,15 @@ def paged_attention(
         max_query_len = int(query_start_loc.diff().max())
     max_query_len = max(1, max_query_len)
 
-    # Sequences side by side, each padded to the longest number of query tokens.
+    # Sequences side by side, each padded to the longest number of query tokens. The padding's place is behind the last
+    # token, where nothing is read in earnest and whatever is written is cut off.
     query_lens = query_start_loc.diff()  # [B]
     offsets = torch.arange(max_query_len, device=query.device)  # [Q]
-    rows = (query_start_loc[:-1, None] + offsets).clamp(max=num_tokens - 1)  # [B, Q]
+    is_query = offsets < query_lens[:, None]  # [B, Q]
+    places = torch.where(is_query, query_start_loc[:-1, None] + offsets, num_tokens).flatten().long()  # [B * Q]
     positions = (seq_lens - query_lens)[:, None] + offsets  # [B, Q]
-    q = query[rows].to(dtype).reshape(*rows.shape, num_kv_heads, group, head_dim)  # [B, Q, Hkv, G, D]
+    q = query.index_select(0, places.clamp(max=num_tokens - 1)).to(dtype)  # [B * Q, Hq, D]
+    q = q.reshape(*is_query.shape, num_kv_heads, group, head_dim)  # [B, Q, Hkv, G, D]
     q = q.permute(0, 2, 4, 3, 1).flatten(3)  # [B, Hkv, D, G * Q]
 
     # The gather: blocks become a context of K = M * P keys, and nothing is left of the blocks.
@@ -100,7 +102,7 @@ def paged_attention(
     value = gather(value_cache, block_tables, v_scale, dtype)  # [B, K, Hkv, Dv]
     clear_unused(value, seq_lens, block_size=key_cache.shape[1])
 
-    visible = visible_keys(positions, key.shape[1], window) & (offsets < query_lens[:, None])[..., None]  # [B, Q, K]
+    visible = visible_keys(positions, key.shape[1], window) & is_query[..., None]  # [B, Q, K]
     scores = (key.transpose(1, 2) @ q).transpose(2, 3) * scale  # [B, Hkv, G * Q, K]
     heads = (num_kv_heads, group, 1)
     scores = scores.reshape(len(seq_lens), num_kv_heads, group, max_query_len, -1)  # [B, Hkv, G, Q, K]
@@ -109,14 +111,15 @@ def paged_attention(
     weights, lse = softmax_with_sink(scores, by_head(sinks, heads, dtype))
     out = weights.flatten(2, 3) @ value.transpose(1, 2)  # [B, Hkv, G * Q, Dv]
     out = out.reshape(*scores.shape[:4], -1)  # [B, Hkv, G, Q, Dv]
-
-    # Back to packed tokens.
-    tokens = place_tokens(num_tokens, seq_lens, query_start_loc)
-    place = (tokens.sequence, slice(None), slice(None), tokens.offset.clamp(max=max_query_len - 1))
-    lse = torch.where(tokens.real[:, None], lse[place].flatten(1, 2), -torch.inf)  # [T, Hq]
     # Only where nothing was seen: a NaN among the keys makes lse NaN, and the output must not become 0 then.
-    out = torch.where(lse[..., None] == -torch.inf, 0.0, out[place].flatten(1, 2))  # [T, Hq, Dv]
-    return out.to(query.dtype), lse
+    out = torch.where(lse[..., None] == -torch.inf, 0.0, out)
+
+    # Back to packed tokens, one behind them for the padding; rows that nobody writes see nothing.
+    packed_out = query.new_zeros(num_tokens + 1, num_heads, out.shape[-1])
+    packed_lse = torch.full((num_tokens + 1, num_heads), -torch.inf, dtype=dtype, device=query.device)
+    packed_out.index_copy_(0, places, out.permute(0, 3, 1, 2, 4).reshape(-1, *packed_out.shape[1:]).to(query.dtype))
+    packed_lse.index_copy_(0, places, lse.permute(0, 3, 1, 2).reshape(-1, num_heads))
+    return packed_out[:-1], packed_lse[:-1]
 
 
 def gather(cache: Tensor, block_tables: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
@@ -147,9 +150,9 @@ def clear_unused(value: Tensor, seq_lens: Tensor, *, block_size: int) -> None:
         seq_lens: [B].
         block_size: P.
     """
-    num_sequences, num_keys = value.shape[:2]
-    last = (seq_lens - 1).clamp(min=0) // block_size * block_size  # [B] first slot of the last block
-    slots = (last[:, None] + torch.arange(block_size, device=value.device)).clamp(max=num_keys - 1)  # [B, P]
-    rows = torch.arange(num_sequences, device=value.device)[:, None]
-    used = (slots < seq_lens[:, None])[..., None, None]  # [B, P, 1, 1]
-    value[rows, slots] = torch.where(used, value[rows, slots], 0.0)
+    num_blocks = value.shape[1] // block_size  # M
+    blocks = value.view(-1, block_size, *value.shape[2:])  # [B * M, P, Hkv, Dv]
+    last = (seq_lens - 1).clamp(min=0) // block_size  # [B]
+    place = (last + torch.arange(len(seq_lens), device=value.device) * num_blocks).long()  # [B] among all blocks
+    used = torch.arange(block_size, device=value.device) < (seq_lens - last * block_size)[:, None]  # [B, P]
+    blocks.index_copy_(0, place, torch.where(used[..., None, None], blocks.index_select(0, place), 0.0))

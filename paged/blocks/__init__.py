@@ -1,7 +1,7 @@
 """Block bookkeeping: integers only, no tensors, so it runs in microseconds and can be read without knowing torch."""
 
 from paged.blocks.block_pool import NULL_BLOCK, BlockError, BlockPool, OutOfBlocks
-from paged.blocks.block_table import BlockCopy, BlockTable, TableChange, blocks_for
+from paged.blocks.block_table import BlockCopy, BlockTable, TableChange, blocks_for, num_blocks_to_write
 from paged.blocks.prefix_cache import CachedBlock, PrefixCache
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "PrefixCache",
     "TableChange",
     "blocks_for",
+    "num_blocks_to_write",
 ]

@@ -12,7 +12,8 @@ anywhere: a table is asked to make room for the positions that are about to be w
 what they need and what it has is what it takes from the pool.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,12 +85,7 @@ class BlockTable:
         first, last = start // self.block_size, (end - 1) // self.block_size
         if first == last:  # a decode, and so by far the most frequent question
             return not self.pool.is_shared(self.blocks[first])
-        return not self._shared_between(start, end)
-
-    def num_blocks_to_write(self, start: int, end: int) -> int:
-        """Free blocks that `prepare_write(start, end)` would take."""
-        growth = max(0, blocks_for(end, self.block_size) - len(self.blocks))
-        return growth + len(self._shared_between(start, end))
+        return not self.shared_between(start, end)
 
     def prepare_write(self, start: int, end: int) -> TableChange:
         """Make the slots of positions `start` to `end - 1` this table's own to write.
@@ -109,7 +105,7 @@ class BlockTable:
         """
         if self.is_writable(start, end):
             return TableChange(len(self.blocks), ())
-        needed = self.num_blocks_to_write(start, end)
+        needed = num_blocks_to_write(self.pool, [(self, start, end)])
         if needed > self.pool.num_free:
             raise OutOfBlocks(
                 f"writing tokens {start} to {end - 1} takes {needed} more blocks of {self.block_size} and "
@@ -117,7 +113,7 @@ class BlockTable:
             )
         first_changed = len(self.blocks)
         copies = []
-        for index in self._shared_between(start, end):
+        for index in self.shared_between(start, end):
             (target,) = self.pool.allocate(1)
             copies.append(BlockCopy(source=self.blocks[index], target=target))
             self.pool.release(self.blocks[index])
@@ -169,7 +165,29 @@ class BlockTable:
             if block != NULL_BLOCK:
                 self.pool.release(block)
 
-    def _shared_between(self, start: int, end: int) -> list[int]:
+    def shared_between(self, start: int, end: int) -> list[int]:
         """Indices of the blocks under positions `start` to `end - 1` that another table names too."""
         last = min(blocks_for(end, self.block_size), len(self.blocks))
         return [i for i in range(start // self.block_size, last) if self.pool.is_shared(self.blocks[i])]
+
+
+def num_blocks_to_write(pool: BlockPool, writes: Iterable[tuple[BlockTable, int, int]]) -> int:
+    """Free blocks that `prepare_write(start, end)` of several tables over `pool` takes, one call after another.
+
+    A block that r tables name and w of them write is copied for each writer, but the last table to name it keeps it:
+    min(w, r - 1) copies.
+
+    Example: two tables share a block with room for one more token. One of them copies it, the other then owns it.
+        >>> pool = BlockPool(num_blocks=8)
+        >>> table = BlockTable(pool, block_size=4)
+        >>> _ = table.prepare_write(0, 3)
+        >>> twin = table.fork()
+        >>> num_blocks_to_write(pool, [(table, 3, 4)]), num_blocks_to_write(pool, [(table, 3, 4), (twin, 3, 4)])
+        (1, 1)
+    """
+    growth = 0
+    writers: Counter[int] = Counter()
+    for table, start, end in writes:
+        growth += max(0, blocks_for(end, table.block_size) - len(table.blocks))
+        writers.update(table.blocks[index] for index in table.shared_between(start, end))
+    return growth + sum(min(count, pool.ref_count(block) - 1) for block, count in writers.items())

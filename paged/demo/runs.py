@@ -91,7 +91,12 @@ def contiguous_history(run: Run, *, num_slots: int, row: int) -> PoolHistory:
 
 def paged_history(run: PagedRun) -> PoolHistory:
     """The paged pool, step by step."""
-    final = {o.request_id: len(o.prompt_token_ids) + len(o.outputs[0].token_ids) - 1 for o in run.outputs}
+    # Of every sequence, all tokens but the last: nothing comes after that one, so it is never computed.
+    final = {
+        (output.request_id, answer.index): len(output.prompt_token_ids) + len(answer.token_ids) - 1
+        for output in run.outputs
+        for answer in output.outputs
+    }
     num_blocks, block_size = run.engine.runner.num_blocks, run.engine.config.block_size
     frames = [
         paged_frame(event, num_blocks=num_blocks, block_size=block_size, num_final_tokens=final) for event in run.events

@@ -11,12 +11,14 @@ class Holding:
     """What one sequence holds of the pool.
 
     Attributes:
-        request_id: whose it is.
-        blocks: its block table.
-        num_tokens: tokens whose K and V are there by the end of the step: the first so many slots of the table.
+        request_id, sequence_index: whose it is.
+        blocks: its block table. Other tables may name the same blocks; where a sliding window has dropped a block, the
+            entry is the null block.
+        num_tokens: tokens whose K and V were written by the end of the step: the first so many slots of the table.
     """
 
     request_id: str
+    sequence_index: int
     blocks: tuple[int, ...]
     num_tokens: int
 
@@ -27,11 +29,13 @@ class StepEvent:
 
     Attributes:
         holdings: of every running sequence.
+        cached_blocks: blocks that no table names and the prefix cache can still find; each of them is full.
         num_running, num_waiting: requests.
         num_tokens: tokens that the step computes.
     """
 
     holdings: tuple[Holding, ...]
+    cached_blocks: tuple[int, ...]
     num_running: int
     num_waiting: int
     num_tokens: int
@@ -43,10 +47,17 @@ def take_event(step: Step, scheduler: Scheduler) -> StepEvent:
     holdings = tuple(
         Holding(
             request.request_id,
+            sequence.index,
             tuple(sequence.block_table.blocks),
             written.get((request.request_id, sequence.index), sequence.num_computed_tokens),
         )
         for request in scheduler.running
         for sequence in request.unfinished
     )
-    return StepEvent(holdings, len(scheduler.running), len(scheduler.waiting), step.num_tokens)
+    return StepEvent(
+        holdings,
+        cached_blocks=tuple(scheduler.pool.cached_blocks),
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_tokens=step.num_tokens,
+    )

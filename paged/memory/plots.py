@@ -26,6 +26,7 @@ STACK = (
     SlotState.INTERNAL,
     SlotState.EXTERNAL,
     SlotState.OVERHEAD,
+    SlotState.CACHED,
     SlotState.FREE,
 )
 COLOURS = {
@@ -35,6 +36,7 @@ COLOURS = {
     SlotState.INTERNAL: "#e69f00",
     SlotState.EXTERNAL: "#cc79a7",
     SlotState.OVERHEAD: "#4d4d4d",
+    SlotState.CACHED: "#99d8c7",  # a tint of the palette's green: in grey between reserved and free
 }
 HATCHES = {SlotState.INTERNAL: "////", SlotState.EXTERNAL: r"\\\\"}
 LABELS = {
@@ -44,6 +46,7 @@ LABELS = {
     SlotState.INTERNAL: "internal (never used again)",
     SlotState.EXTERNAL: "external (gap too small)",
     SlotState.OVERHEAD: "overhead (null, trash)",
+    SlotState.CACHED: "cached",
 }
 
 

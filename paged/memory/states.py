@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paged.memory.events import StepEvent
+from paged.blocks import NULL_BLOCK
+from paged.memory.events import Holding, StepEvent
 
 Frame = npt.NDArray[np.uint8]
 
@@ -26,6 +27,7 @@ class SlotState(enum.IntEnum):
     INTERNAL = 3  # held, and nobody will read from it or write into it again before it is given back
     EXTERNAL = 4  # free, but in a gap too small for the next request
     OVERHEAD = 5  # the null and the trash block
+    CACHED = 6  # free, and full of K and V that the prefix cache can find again until somebody needs the block
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +48,62 @@ class Span:
     finished: bool = False
 
 
-def paged_frame(event: StepEvent, *, num_blocks: int, block_size: int, num_final_tokens: Mapping[str, int]) -> Frame:
+def paged_frame(
+    event: StepEvent, *, num_blocks: int, block_size: int, num_final_tokens: Mapping[tuple[str, int], int]
+) -> Frame:
     """The states of a paged pool during one step.
 
+    A block that several tables name is counted once, and each of its slots by what its holders make of it: tokens if
+    any has one there, else reserved if any will, else internal.
+
     Args:
-        event: what is held.
+        event: what is held, and what is cached.
         num_blocks: all blocks of the pool, the null and the trash block included.
         block_size: tokens a block holds.
-        num_final_tokens: how many tokens each request will have in the pool when it ends. That is known only after
-            the run; it is what splits the tail of a last block into what will be used and what never will.
+        num_final_tokens: (request id, sequence index) -> tokens that will have been computed when the sequence ends.
+            That is known only after the run; it is what splits the tail of a last block into what will be used and
+            what never will.
 
     Returns:
         [num_blocks * block_size] uint8.
 
-    Example: block 1 of four holds three tokens and will hold the fourth.
-        >>> from paged.memory.events import Holding
-        >>> event = StepEvent((Holding("a", blocks=(1,), num_tokens=3),), num_running=1, num_waiting=0, num_tokens=1)
-        >>> paged_frame(event, num_blocks=3, block_size=4, num_final_tokens={"a": 9}).reshape(3, 4).tolist()
-        [[5, 5, 5, 5], [1, 1, 1, 2], [5, 5, 5, 5]]
+    Example: block 1 of four holds three tokens and will hold the fourth; block 2 is cached, block 3 is free.
+        >>> event = StepEvent((Holding("a", 0, blocks=(1,), num_tokens=3),), (2,), 1, 0, num_tokens=1)
+        >>> paged_frame(event, num_blocks=5, block_size=4, num_final_tokens={("a", 0): 9}).reshape(5, 4).tolist()
+        [[5, 5, 5, 5], [1, 1, 1, 2], [6, 6, 6, 6], [0, 0, 0, 0], [5, 5, 5, 5]]
     """
     frame = np.full((num_blocks, block_size), SlotState.FREE, np.uint8)
-    frame[[0, -1]] = SlotState.OVERHEAD
+    frame[list(event.cached_blocks)] = SlotState.CACHED
+    slots = frame.reshape(-1)  # the same memory, slot by slot
+    # Holders of one block may see its tail differently, so each state is painted for all of them before the next one.
+    held = [(holding, _slots(holding, block_size)) for holding in event.holdings]
+    for _, places in held:
+        slots[places] = SlotState.INTERNAL
+    for holding, places in held:
+        slots[places[: num_final_tokens[holding.request_id, holding.sequence_index]]] = SlotState.RESERVED
+    for holding, places in held:
+        slots[places[: holding.num_tokens]] = SlotState.TOKENS
+    # Last, because a table names the null block wherever a sliding window has dropped a block.
+    frame[[NULL_BLOCK, -1]] = SlotState.OVERHEAD
+    return slots
+
+
+def slots_saved_by_sharing(event: StepEvent, *, block_size: int) -> int:
+    """Slots that the tokens of all sequences would take more if no two block tables named the same block.
+
+    That is the tokens that the tables name, one table after another, less the slots that these lie in. The paper
+    measures the same saving in blocks (section 6.3).
+
+    Example: two samples of one prompt share its full block, and each has a token of its own behind it.
+        >>> holdings = Holding("a", 0, blocks=(1, 2), num_tokens=5), Holding("a", 1, blocks=(1, 3), num_tokens=5)
+        >>> slots_saved_by_sharing(StepEvent(holdings, (), 1, 0, num_tokens=2), block_size=4)
+        4
+    """
+    named: list[int] = []
     for holding in event.holdings:
-        blocks = np.array(holding.blocks, np.int64)
-        positions = np.arange(len(blocks) * block_size)
-        states = np.where(positions < num_final_tokens[holding.request_id], SlotState.RESERVED, SlotState.INTERNAL)
-        states[: holding.num_tokens] = SlotState.TOKENS
-        frame[blocks] = states.reshape(-1, block_size)
-    return frame.reshape(-1)
+        places = _slots(holding, block_size)[: holding.num_tokens]
+        named += places[places // block_size != NULL_BLOCK].tolist()
+    return len(named) - len(set(named))
 
 
 def contiguous_frame(spans: Sequence[Span], *, num_slots: int, smallest_gap: int) -> Frame:
@@ -110,11 +140,17 @@ def shares(frame: Frame) -> npt.NDArray[np.float64]:
 
     Example:
         >>> shares(np.array([1, 1, 3, 0], np.uint8)).tolist()
-        [0.25, 0.5, 0.0, 0.25, 0.0, 0.0]
+        [0.25, 0.5, 0.0, 0.25, 0.0, 0.0, 0.0]
     """
     counts = np.bincount(frame, minlength=len(SlotState))
     assert counts.sum() == frame.size, "every slot is in exactly one state"
     return counts / frame.size
+
+
+def _slots(holding: Holding, block_size: int) -> npt.NDArray[np.int64]:
+    """[blocks of the table * block_size]: the slots a sequence's table names, in the order of its positions."""
+    first = np.array(holding.blocks, np.int64) * block_size
+    return (first[:, None] + np.arange(block_size)).reshape(-1)
 
 
 def _mark_gap(frame: Frame, start: int, end: int, smallest_gap: int) -> None:

@@ -9,6 +9,7 @@ from paged.config import EngineConfig
 from paged.kv_pool import LayerShape, bytes_per_block
 from paged.sampling_params import SamplingParams
 from paged.step import Admission, RowPlan, Sample, Step
+from paged.step_draft import MOST_PROMPT_TARGETS
 
 CPU_POOL_BYTES = 2 * 2**30
 # Blocks that no request can hold: the null and the trash block.
@@ -65,8 +66,30 @@ def num_blocks_for(
     return int(num_blocks)
 
 
+def num_host_blocks_for(config: EngineConfig, block_bytes: int) -> int:
+    """Blocks of the pool in host memory that preempted requests are swapped to; 0 if they are not.
+
+    What `swap_space` holds, but never more than `max_num_seqs` sequences of `max_model_len` could fill.
+
+    Raises:
+        ValueError: it does not hold one block.
+    """
+    if config.preemption_mode != "swap":
+        return 0
+    assert config.max_model_len is not None, "filled in when the model was loaded"
+    num_blocks = int(config.swap_space * 2**30) // block_bytes
+    if num_blocks <= OVERHEAD_BLOCKS:
+        raise ValueError(
+            f"swap_space={config.swap_space} GiB holds {num_blocks} blocks of {block_bytes:,} bytes, and the null and "
+            f"the trash block take {OVERHEAD_BLOCKS}; give it more, or set preemption_mode='recompute'"
+        )
+    return min(num_blocks, blocks_for(config.max_model_len, config.block_size) * config.max_num_seqs + OVERHEAD_BLOCKS)
+
+
 def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
     """Two Steps that no other outgrows: prompts that fill the token budget, and decodes of sequences at full length.
+
+    Both want log probabilities, as many as requests may have, and the prompts those of their own tokens too.
 
     All block tables name block 1 alone, so that a pool of three blocks is enough to run them: what they compute is of
     no use, what memory they take is.
@@ -76,7 +99,8 @@ def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
     assert budget is not None, "filled in when the model was loaded"
     table = TableChange(0, (1,) * blocks_for(length, config.block_size))
     # The sampling that takes the most memory: it sorts.
-    params = SamplingParams(temperature=1, top_k=2, top_p=0.5)
+    most = config.max_logprobs
+    params = SamplingParams(temperature=1, top_k=2, top_p=0.5, logprobs=most, prompt_logprobs=most)
     admissions = tuple(Admission(row, params, seed=0) for row in range(config.max_num_seqs))
 
     def row(index: int, num_tokens: int) -> RowPlan:
@@ -85,6 +109,8 @@ def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
 
     sizes = [min(length, budget - first) for first in range(0, budget, length)][: config.max_num_seqs]
     prompts = tuple(row(index, size) for index, size in enumerate(sizes))
+    num_targets = min(MOST_PROMPT_TARGETS, sizes[0])
+    prompts = (prompts[0]._replace(prompt_targets=(0,) * num_targets), *prompts[1:])
     decodes = tuple(row(index, 1) for index in range(config.max_num_seqs))
     # Rows with a single token come first, as in every Step.
     prompts = tuple(sorted(prompts, key=lambda row: len(row.token_ids) > 1))

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from paged.batch import Batch, BatchBuilder
-from paged.kv_pool import LayerCache, allocate_layer, bytes_per_block, copy_blocks, storage_bytes
+from paged.kv_pool import (
+    LayerCache,
+    allocate_layer,
+    allocate_on_host,
+    bytes_per_block,
+    copy_blocks,
+    storage_bytes,
+    swap_blocks,
+)
 from paged.model.calibration import calibrate
 from paged.model.loading import LoadedModel
-from paged.model.memory_budget import largest_steps, num_blocks_for
+from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
 from paged.model.paged_attention import find_attention
 from paged.sampling import TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
@@ -46,7 +54,7 @@ class ModelRunner:
         loaded: the model, as `load_model` gives it.
 
     Attributes:
-        num_blocks: blocks of the pool, the null and the trash block included.
+        num_blocks, num_host_blocks: blocks of the pool and of the one in host memory, null and trash blocks included.
         caches: of every layer, all tensors that are indexed by block: key_cache [N, P, Hkv, D], value_cache
             [N, P, Hkv, Dv]; in int8 also key_scale and value_scale [N, P, Hkv].
         attention_form: "gathered" or "fused".
@@ -97,6 +105,8 @@ class ModelRunner:
 
         self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, loaded.device, run_largest_steps)
         self._allocate(self.num_blocks, loaded)
+        self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
+        self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
         self.most_gather_bytes = 0
 
     def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
@@ -128,9 +138,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Run one step: the model, the sampler, and log probabilities for the rows that want them."""
+        self._move_blocks(step)
         batch = self._builder.build(step)
-        if batch.copies:
-            copy_blocks(self.caches, [(copy.source, copy.target) for copy in batch.copies])
         if self.attention_form == "gathered":
             blocks = max(group.block_tables.numel() for group in batch.attention.groups)
             self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_gathered_bytes_of_a_block)
@@ -149,6 +158,15 @@ class ModelRunner:
             prompt_logprobs = token_logprobs(found, batch.prompt_targets)
         tokens = [None if bad else token for token, bad in zip(token_ids.tolist(), broken.tolist(), strict=True)]
         return StepResult(tokens, logprobs, prompt_logprobs)
+
+    def _move_blocks(self, step: Step) -> None:
+        """Copy blocks before the step writes any. Swapping out comes first: the blocks may be others' targets then."""
+        if step.swap_outs:
+            swap_blocks(self.caches, self._host_caches, [(copy.source, copy.target) for copy in step.swap_outs])
+        if step.swap_ins:
+            swap_blocks(self._host_caches, self.caches, [(copy.source, copy.target) for copy in step.swap_ins])
+        if step.copies:
+            copy_blocks(self.caches, [(copy.source, copy.target) for copy in step.copies])
 
     def _logits(self, batch: Batch) -> Tensor:
         """[S + Q, V]: the logits of the tokens that are sampled from, then those of prompt tokens that are scored."""

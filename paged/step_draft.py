@@ -1,0 +1,95 @@
+"""A Step while it is planned: what the scheduler decides about requests, written down for whoever runs it."""
+
+from dataclasses import dataclass, field
+
+from paged.blocks import BlockCopy, TableChange
+from paged.request import Request, Sequence
+from paged.step import Admission, RowPlan, Sample, Step
+
+# Prompt tokens whose log probabilities one step computes: each needs logits, a number for every word of the vocabulary.
+MOST_PROMPT_TARGETS = 128
+
+
+@dataclass
+class StepDraft:
+    """A Step that grows.
+
+    Attributes:
+        budget: tokens that it may still take.
+        target_budget: prompt tokens whose log probabilities it may still compute.
+        admissions, swap_outs, swap_ins, preempted: as in Step.
+    """
+
+    budget: int
+    target_budget: int = MOST_PROMPT_TARGETS
+    admissions: list[Admission] = field(default_factory=list)
+    swap_outs: list[BlockCopy] = field(default_factory=list)
+    swap_ins: list[BlockCopy] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    # Rows with a single token apart from the others, since they come first.
+    _singles: list[RowPlan] = field(default_factory=list)
+    _chunks: list[RowPlan] = field(default_factory=list)
+
+    def admit(self, request: Request, sequence: Sequence, row: int) -> None:
+        """A sequence got a row."""
+        sequence.row = row
+        sequence.num_told_blocks = 0
+        self.admissions.append(
+            Admission(
+                row,
+                request.sampling_params,
+                request.seed + sequence.index,
+                request.prompt_token_ids,
+                tuple(sequence.output_token_ids),
+            )
+        )
+
+    def plan(self, request: Request, sequence: Sequence, end: int, change: TableChange | None) -> None:
+        """A sequence computes its tokens up to `end`.
+
+        Args:
+            request, sequence: whose.
+            end: one past the last position.
+            change: what its table was prepared with; None if nothing had to be done.
+        """
+        start, row, num_blocks = sequence.num_computed_tokens, sequence.row, len(sequence.block_table.blocks)
+        assert row is not None, "only a sequence with a row is planned"
+        first = sequence.num_told_blocks if change is None else min(change.first_index, sequence.num_told_blocks)
+        told = None
+        if first < num_blocks:
+            copies = () if change is None else change.copies
+            told = TableChange(first, tuple(sequence.block_table.blocks[first:]), copies)
+            sequence.num_told_blocks = num_blocks
+        samples: tuple[Sample, ...] = ()
+        if end == len(sequence.token_ids):
+            samples = (_sample(request, sequence),)
+            if end == sequence.num_prompt_tokens and not request.is_beam_search:
+                samples += tuple(_sample(request, follower) for follower in request.followers)
+        targets: tuple[int, ...] = ()
+        if start < sequence.num_prompt_tokens and request.sampling_params.prompt_logprobs is not None:
+            targets = request.prompt_token_ids[start + 1 : end + 1]
+        tokens = tuple(sequence.token_ids[start:end])
+        rows = self._singles if end - start == 1 else self._chunks
+        rows.append(RowPlan(request.request_id, sequence.index, row, start, tokens, told, samples, targets))
+        self.budget -= end - start
+        self.target_budget -= len(targets)
+
+    def finish(self) -> Step:
+        """The Step."""
+        # In order of length, so that whoever pads contexts to the longest can take neighbours together.
+        self._singles.sort(key=lambda row: row.start)
+        rows = (*self._singles, *self._chunks)
+        copies = tuple(copy for row in rows if row.table_change is not None for copy in row.table_change.copies)
+        return Step(
+            rows,
+            tuple(self.admissions),
+            swap_outs=tuple(self.swap_outs),
+            swap_ins=tuple(self.swap_ins),
+            copies=copies,
+            preempted=tuple(self.preempted),
+        )
+
+
+def _sample(request: Request, sequence: Sequence) -> Sample:
+    assert sequence.row is not None, "every sequence of a running request has a row"
+    return Sample(sequence.row, request.banned_token_ids(sequence) if request.may_ban else ())
