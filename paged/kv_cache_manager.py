@@ -168,7 +168,6 @@ class KVCacheManager:
         follower.block_table = leader.block_table.fork(follower.num_prompt_tokens)
         follower.chain = leader.chain[: follower.num_prompt_tokens // self.block_size]
         follower.num_computed_tokens = follower.num_prompt_tokens
-        follower.num_told_blocks = 0
 
     def branch(self, request: Request, branches: SequenceOf[Branch]) -> None:
         """Let the beams of a request go on from one another, each with a token more.

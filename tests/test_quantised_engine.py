@@ -255,11 +255,18 @@ def test_gathered_copies_are_as_large_whatever_the_cache_is(kind, float64_folder
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{"enforce_eager": True}, {}], ids=["eager", "compiled"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokens_on_a_gpu_are_those_of_a_cpu(kind, name, settings, float64_folders):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    # Softcap, windows and sinks with one kind each: a graph for every number of rows takes half a minute to compile.
+    [*((kind, "llama") for kind in KINDS), ("fp8_per_head", "gemma2"), ("int8_per_token_head", "gpt_oss")],
+)
+def test_tokens_on_a_gpu_are_those_of_a_cpu(kind, name, settings, float64_folders, monkeypatch):
     prompts = as_prompts(token_prompts([1, 5, 17, 40]))
-    shared = {"dtype": "float64", "kv_cache_dtype": kind, "block_size": 4, "num_gpu_blocks_override": 20}
+    dtype = "float64"
+    if name == "gpt_oss" and not settings:  # what computes experts in float64 cannot be compiled as one graph
+        monkeypatch.undo()
+        dtype = "float32"
+    shared = {"dtype": dtype, "kv_cache_dtype": kind, "block_size": 4, "num_gpu_blocks_override": 20}
     cpu = load(float64_folders[name], **shared)
     gpu = load(float64_folders[name], device="cuda", **shared, **settings)
     assert tokens_of(gpu.generate(prompts, GREEDY)) == tokens_of(cpu.generate(prompts, GREEDY))

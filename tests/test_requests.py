@@ -131,30 +131,32 @@ def test_settings_change_no_token(name, folders, pytestconfig):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["recompute", "swap"])
-@pytest.mark.parametrize("settings", [{"enforce_eager": True}, {}], ids=["eager", "compiled"])
-def test_settings_change_no_token_on_a_gpu(settings, mode, folders):
+@pytest.mark.parametrize(
+    ("settings", "mode", "name"),
+    [({"enforce_eager": True}, mode, "gemma2") for mode in ("recompute", "swap")] + [({}, "swap", "llama")],
+    ids=["eager-recompute", "eager-swap", "compiled-swap"],
+)
+def test_settings_change_no_token_on_a_gpu(settings, mode, name, folders):
     """The same requests as above, preempted, against a CPU that holds them all."""
-    plain = load(folders["gemma2"], dtype="float64", enable_prefix_caching=False, max_model_len=64)
+    plain = load(folders[name], dtype="float64", enable_prefix_caching=False, max_model_len=64)
     expected = answers(plain.engine, [0] * 7, [0] * 7)
     small = {"block_size": 4, "num_gpu_blocks_override": 26, "max_num_seqs": 6, "max_num_batched_tokens": 40}
-    for caching in (True, False):
-        llm = load(
-            folders["gemma2"],
-            dtype="float64",
-            device="cuda",
-            max_model_len=64,
-            preemption_mode=mode,
-            enable_prefix_caching=caching,
-            spare_blocks_per_seq=0,
-            **small,
-            **settings,
-        )
-        for _ in range(2):
-            assert answers(llm.engine, [0, 3, 0, 1, 0, 2, 0], [0] * 7) == expected
-        scheduler = llm.engine.scheduler
-        assert scheduler.num_preemptions > 0
-        assert (scheduler.num_swaps > 0) == (mode == "swap")
+    llm = load(
+        folders[name],
+        dtype="float64",
+        device="cuda",
+        max_model_len=64,
+        preemption_mode=mode,
+        spare_blocks_per_seq=0,
+        **small,
+        **settings,
+    )
+    for _ in range(2):
+        assert answers(llm.engine, [0, 3, 0, 1, 0, 2, 0], [0] * 7) == expected
+        llm.engine.reset_prefix_cache()
+    scheduler = llm.engine.scheduler
+    assert scheduler.num_preemptions > 0
+    assert (scheduler.num_swaps > 0) == (mode == "swap")
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
