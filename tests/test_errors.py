@@ -138,12 +138,14 @@ def test_fp8_is_refused_on_a_gpu_that_the_compiler_has_no_fp8_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match=r"'fp8_per_head' cannot be compiled .* capability 8\.0 and fp8 needs 8\.9"):
-        check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8_per_head"), gpu)
+        check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8_per_head"), torch.bfloat16, gpu)
     for settings in ({"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8", "enforce_eager": True}, {}):
-        check_kv_cache_dtype(EngineConfig(model="tiny", **settings), gpu)
-    check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), torch.device("cpu"))
+        check_kv_cache_dtype(EngineConfig(model="tiny", **settings), torch.bfloat16, gpu)
+    check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), torch.float64, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), gpu)
+    check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), torch.bfloat16, gpu)
+    with pytest.raises(ValueError, match="'fp8' cannot be compiled beside dtype='float64'"):
+        check_kv_cache_dtype(EngineConfig(model="tiny", kv_cache_dtype="fp8"), torch.float64, gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -263,7 +263,9 @@ def test_gathered_copies_are_as_large_whatever_the_cache_is(kind, float64_folder
 def test_tokens_on_a_gpu_are_those_of_a_cpu(kind, name, settings, float64_folders, monkeypatch):
     prompts = as_prompts(token_prompts([1, 5, 17, 40]))
     dtype = "float64"
-    if name == "gpt_oss" and not settings:  # what computes experts in float64 cannot be compiled as one graph
+    if not settings and kind.startswith("fp8"):  # the compiler has no kernel with both
+        dtype = "float32"
+    if not settings and name == "gpt_oss":  # nor, as one graph, what computes experts in float64
         monkeypatch.undo()
         dtype = "float32"
     shared = {"dtype": dtype, "kv_cache_dtype": kind, "block_size": 4, "num_gpu_blocks_override": 20}

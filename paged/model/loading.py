@@ -82,7 +82,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     config = config.with_model_len(longest_sequence(hf_config))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
-    check_kv_cache_dtype(config, device)
+    check_kv_cache_dtype(config, dtype, device)
 
     if config.load_format == "dummy":
         torch.manual_seed(config.seed)
@@ -166,11 +166,12 @@ def resolve_dtype(name: str, hf_config: PretrainedConfig, device: torch.device) 
     return getattr(hf_config, "dtype", None) or torch.float32
 
 
-def check_kv_cache_dtype(config: EngineConfig, device: torch.device) -> None:
-    """Refuse what the compiler would fail at in the first step: it has no fp8 for GPUs before compute capability 8.9.
+def check_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what the compiler would fail at in the first step.
 
     Raises:
-        ValueError: fp8, compiled, on such a GPU (pytorch issue 167082).
+        ValueError: fp8, compiled, on a GPU before compute capability 8.9 (pytorch issue 167082), or with float64, for
+            which Triton has no kernel.
     """
     if device.type != "cuda" or config.enforce_eager or not config.kv_cache_dtype.startswith("fp8"):
         return
@@ -179,6 +180,11 @@ def check_kv_cache_dtype(config: EngineConfig, device: torch.device) -> None:
         raise ValueError(
             f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be compiled for this GPU: it has compute capability "
             f"{capability[0]}.{capability[1]} and fp8 needs 8.9; use kv_cache_dtype='int8' or enforce_eager=True"
+        )
+    if dtype == torch.float64:
+        raise ValueError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be compiled beside dtype='float64': a GPU has no cast "
+            "between them; use another dtype, kv_cache_dtype='int8' or enforce_eager=True"
         )
 
 
