@@ -265,14 +265,19 @@ class Scheduler:
         while position < len(self.running) and draft.budget > 0:  # the list may become shorter under way
             request = self.running[position]
             writes = self._writes(request, draft)
-            # Mostly a decode inside a block of its own, for which nothing has to be found.
-            needs_blocks = not all(s.block_table.is_writable(s.num_computed_tokens, end) for s, end in writes)
+            needs_blocks = False  # mostly it is a decode inside a block of its own, for which nothing has to be found
+            for sequence, end in writes:
+                if not sequence.block_table.is_writable(sequence.num_computed_tokens, end):
+                    needs_blocks = True
             while needs_blocks and self._num_blocks(writes) > self.pool.num_free:
                 victim = self.running[-1]  # nothing is planned for it yet: the list is gone through in order
                 self._preempt(victim, draft)
                 if victim is request:
                     return
-            self._plan(request, writes, draft, needs_blocks=needs_blocks)
+            for sequence, end in writes:
+                start = sequence.num_computed_tokens
+                change = sequence.block_table.prepare_write(start, end) if needs_blocks else None
+                draft.plan(request, sequence, end, change)
             position += 1
 
     def _admit_waiting(self, draft: StepDraft) -> None:
@@ -295,11 +300,17 @@ class Scheduler:
             draft.swap_ins += self.kv.admit(request, placement)
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = leader.num_computed_tokens
-            self._plan(request, self._writes(request, draft), draft)
+            for sequence, end in self._writes(request, draft):
+                change = sequence.block_table.prepare_write(sequence.num_computed_tokens, end)
+                draft.plan(request, sequence, end, change)
 
     def _writes(self, request: Request, draft: StepDraft) -> list[tuple[Sequence, int]]:
         """What a running request computes in this step: its sequences, and how far each of them gets."""
         budget = draft.budget
+        if len(request.sequences) == 1:  # as most requests are, so this is kept short
+            (sequence,) = request.sequences
+            num_tokens = self._chunk(request, sequence, draft, budget)
+            return [(sequence, sequence.num_computed_tokens + num_tokens)] if num_tokens else []
         sequences = self._ready(request)
         if request.is_beam_search:
             # Beams are compared with each other, so their last tokens are computed together or not at all.
@@ -318,8 +329,6 @@ class Scheduler:
 
     def _ready(self, request: Request) -> list[Sequence]:
         """The sequences of a running request that can compute something now."""
-        if len(request.sequences) == 1:
-            return request.sequences
         unfinished = request.unfinished
         leader, followers = unfinished[0], request.followers
         if followers and leader.num_computed_tokens < leader.num_prompt_tokens:
@@ -351,15 +360,6 @@ class Scheduler:
     def _num_blocks(self, writes: list[tuple[Sequence, int]]) -> int:
         """Free blocks that these writes take."""
         return num_blocks_to_write(self.pool, [(s.block_table, s.num_computed_tokens, end) for s, end in writes])
-
-    def _plan(
-        self, request: Request, writes: list[tuple[Sequence, int]], draft: StepDraft, *, needs_blocks: bool = True
-    ) -> None:
-        """Plan writes of a request, for which there are free blocks enough if they need any."""
-        for sequence, end in writes:
-            start = sequence.num_computed_tokens
-            change = sequence.block_table.prepare_write(start, end) if needs_blocks else None
-            draft.plan(request, sequence, end, change)
 
     def _receive(self, request: Request, sequence: Sequence, token: int | None) -> None:
         """A sequence gets a token, which may be its last."""

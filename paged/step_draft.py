@@ -68,11 +68,11 @@ class StepDraft:
         targets: tuple[int, ...] = ()
         if start < sequence.num_prompt_tokens and request.sampling_params.prompt_logprobs is not None:
             targets = request.prompt_token_ids[start + 1 : end + 1]
+            self.target_budget -= len(targets)
         tokens = tuple(sequence.token_ids[start:end])
         rows = self._singles if end - start == 1 else self._chunks
         rows.append(RowPlan(request.request_id, sequence.index, row, start, tokens, told, samples, targets))
         self.budget -= end - start
-        self.target_budget -= len(targets)
 
     def finish(self) -> Step:
         """The Step."""

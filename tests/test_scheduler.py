@@ -49,7 +49,9 @@ def simulations(draw) -> Simulation:
         num_blocks=2 + max(most_blocks(w, block_size) for w in wanted) + draw(st.integers(0, 20)),
         block_size=block_size,
         max_num_seqs=max(w.n for w in wanted) + draw(st.integers(0, 6)),
-        max_num_batched_tokens=draw(st.integers(widest, 60)) if chunked else longest + draw(st.integers(0, 60)),
+        max_num_batched_tokens=draw(st.integers(widest, 60))
+        if chunked
+        else max(longest, widest) + draw(st.integers(0, 60)),
         num_host_blocks=draw(st.sampled_from([0, 0, 3, 12, 60])),
         enable_chunked_prefill=chunked,
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5])) if chunked else 0,
@@ -94,7 +96,7 @@ def random_simulation(seed: int) -> Simulation:
         num_blocks=2 + max(most_blocks(w, block_size) for w in wanted) + rng.randint(0, 20),
         block_size=block_size,
         max_num_seqs=max(w.n for w in wanted) + rng.randint(0, 6),
-        max_num_batched_tokens=rng.randint(widest, 60) if chunked else longest + rng.randint(0, 60),
+        max_num_batched_tokens=rng.randint(widest, 60) if chunked else max(longest, widest) + rng.randint(0, 60),
         num_host_blocks=rng.choice((0, 0, 3, 12, 60)),
         enable_chunked_prefill=chunked,
         long_prefill_token_threshold=rng.choice((0, 0, 1, 5)) if chunked else 0,
