@@ -307,8 +307,10 @@ class Scheduler:
     def _writes(self, request: Request, draft: StepDraft) -> list[tuple[Sequence, int]]:
         """What a running request computes in this step: its sequences, and how far each of them gets."""
         budget = draft.budget
-        if len(request.sequences) == 1:  # as most requests are, so this is kept short
+        if len(request.sequences) == 1:  # as most requests are, and most of them decode: this is kept short
             (sequence,) = request.sequences
+            if sequence.num_computed_tokens + 1 == len(sequence.token_ids):
+                return [(sequence, len(sequence.token_ids))] if budget > 0 else []
             num_tokens = self._chunk(request, sequence, draft, budget)
             return [(sequence, sequence.num_computed_tokens + num_tokens)] if num_tokens else []
         sequences = self._ready(request)
