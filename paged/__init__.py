@@ -9,21 +9,25 @@ for output in llm.generate(["To be, or not to be"], SamplingParams(temperature=0
 
 from typing import TYPE_CHECKING, Any
 
-from paged.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
-from paged.sampling_params import BeamSearchParams, SamplingParams
+from paged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
+from paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from paged.async_engine import AsyncEngine
     from paged.engine import Engine
     from paged.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "BeamSearchOutput",
     "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Engine",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
 ]
 
@@ -34,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from paged.llm import LLM
 
         return LLM
+    if name == "AsyncEngine":
+        from paged.async_engine import AsyncEngine
+
+        return AsyncEngine
     if name == "Engine":
         from paged.engine import Engine
 

@@ -110,6 +110,8 @@ class BeamSearch:
         Returns:
             How the beams that live on continue those that lived, best first; None if the search is over.
         """
+        # A step computes as many as anybody in the batch wants; what others want must not change what is found here.
+        found = [tokens._replace(top=tokens.top[: self.num_candidates]) for tokens in found]
         width, by_transformers = self._params.beam_width, self._params.scoring == "transformers"
         is_last = len(self.live[0].token_ids) + 1 == self._max_tokens
         candidates = [candidate for parent, tokens in enumerate(found) for candidate in self._extend(parent, tokens)]

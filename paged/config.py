@@ -1,5 +1,6 @@
 """Every knob and its default, in one place. Names and meanings are those of vLLM's engine arguments."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -112,8 +113,9 @@ class EngineConfig:
         utilization = self.gpu_memory_utilization
         if not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
-        if isinstance(self.swap_space, bool) or not isinstance(self.swap_space, int | float) or self.swap_space <= 0:
-            raise ValueError(f"swap_space must be a number of GiB > 0, got {self.swap_space!r}")
+        space = self.swap_space
+        if isinstance(space, bool) or not isinstance(space, int | float) or not 0 < space < math.inf:
+            raise ValueError(f"swap_space must be a number of GiB > 0, got {space!r}")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be 'tiny', a folder or a hub name, got {self.model!r}")
         self._check_choice("dtype", DTYPES)

@@ -199,8 +199,10 @@ class Engine:
         if self.config.generation_config == "vllm":
             return SamplingParams()
         stated = self.generation_config.to_diff_dict()
-        names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_new_tokens": "max_tokens"}
-        return SamplingParams(**{ours: stated[theirs] for theirs, ours in names.items() if theirs in stated})
+        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = {**{name: name for name in same}, "max_new_tokens": "max_tokens"}
+        found = {ours: stated.get(theirs) for theirs, ours in names.items()}
+        return SamplingParams(**{name: value for name, value in found.items() if value is not None})
 
     def _tokenize(self, request_id: str, prompt: str | Iterable[SupportsIndex]) -> list[int]:
         if not isinstance(prompt, str):
@@ -243,7 +245,7 @@ class Engine:
                 )
 
     def _check_logprobs(self, request_id: str, params: SamplingParams) -> None:
-        """Refuse more log probabilities than the engine gives; beams need theirs, and nobody sees them all."""
+        """Refuse more log probabilities than the engine gives. (Beams take as many as they need to be compared.)"""
         most = self.config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)

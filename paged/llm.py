@@ -216,12 +216,18 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * len(prompts)
         if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, str):
-            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}")
+            raise ValueError(
+                f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}; "
+                "beam_search takes BeamSearchParams"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts and {len(sampling_params)} sampling_params were given; give one for all, or "
                 "one for each"
             )
+        for i, params in enumerate(sampling_params):
+            if not isinstance(params, SamplingParams):
+                raise ValueError(f"sampling_params[{i}] must be a SamplingParams, got {params!r}")
         return list(sampling_params)
 
 

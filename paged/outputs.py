@@ -88,7 +88,7 @@ class RequestOutput:
         finished: whether all of them have ended.
         prompt_logprobs: for each token of the prompt but the first, which has None; None unless they were wanted.
         num_cached_tokens: tokens of the prompt whose blocks were found in the prefix cache.
-        num_preemptions: how often the request lost its blocks and was computed again.
+        num_preemptions: how often the request lost its blocks, to be computed again or copied back from the host.
     """
 
     request_id: str

@@ -235,6 +235,7 @@ class BeamSearchParams:
         temperature: above 0, each beam's candidates include one token drawn at this temperature, as in vLLM. In [0, 2];
             0 with scoring="transformers".
         length_penalty: answers are compared by log probability / length ** length_penalty, so more favours longer ones.
+            In [-10, 10], beyond which long texts leave the numbers there are (vLLM has no limit).
         scoring: "vllm" or "transformers": what ends, what the length of an answer is, and when the search stops
             (`paged.beam_search` has the table).
         early_stopping: with scoring="transformers", when to stop: True as soon as there are beam_width answers; False
@@ -269,7 +270,8 @@ class BeamSearchParams:
         _require(self, isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
         temperature = self.temperature
         _require(self, _is_number(temperature) and 0 <= temperature <= 2, "temperature", "a number in [0, 2]")
-        _require(self, _is_number(self.length_penalty), "length_penalty", "a finite number")
+        penalty = self.length_penalty
+        _require(self, _is_number(penalty) and -10 <= penalty <= 10, "length_penalty", "a number in [-10, 10]")
         _require(self, self.scoring in SCORINGS, "scoring", f"one of {', '.join(SCORINGS)}")
         _require(self, isinstance(early, bool) or early == "never", "early_stopping", "True, False or 'never'")
         if self.scoring == "transformers":

@@ -257,6 +257,23 @@ def test_only_the_best_may_end_with_transformers_scoring():
     assert found.answers[0].token_ids == (0,), "log(0.4) > log(0.25)"
 
 
+def test_what_others_in_the_batch_want_changes_no_answer(model):
+    """A step looks up as many likely tokens as anybody wants; a search sees its own."""
+    _, folder, eos = model
+    params = BeamSearchParams(2, 12, length_penalty=-2.0)
+    prompt = {"prompt_token_ids": PROMPTS[1]}
+    (alone,) = engine(folder, eos).beam_search(prompt, params)
+    llm = engine(folder, eos, max_logprobs=-1)
+    llm.engine.add_request("mate", PROMPTS[2], SamplingParams(temperature=0, max_tokens=20, logprobs=128))
+    llm.engine.add_request("beams", PROMPTS[1], params)
+    outputs = {}
+    while llm.engine.has_unfinished_requests:
+        outputs.update({output.request_id: output for output in llm.engine.step()})
+    found = outputs["beams"].outputs
+    assert [c.token_ids for c in found] == [beam.tokens[len(PROMPTS[1]) :] for beam in alone.sequences]
+    assert [len(entries) for entries in found[0].logprobs] == [len(entries) for entries in alone.sequences[0].logprobs]
+
+
 # --- blocks, limits, faults -------------------------------------------------------------------------------------------
 
 
@@ -314,7 +331,8 @@ def test_a_drawn_token_is_a_candidate_too():
     [
         ({"beam_width": 0}, r"beam_width must be an integer in \[1, 1024\], got 0"),
         ({"max_tokens": None}, r"max_tokens must be an integer >= 1, got None"),
-        ({"length_penalty": math.nan}, r"length_penalty must be a finite number, got nan"),
+        ({"length_penalty": math.nan}, r"length_penalty must be a number in \[-10, 10\], got nan"),
+        ({"length_penalty": 1e3}, r"length_penalty must be a number in \[-10, 10\], got 1000.0"),
         ({"temperature": -1}, r"temperature must be a number in \[0, 2\], got -1"),
         ({"scoring": "hf"}, r"scoring must be one of vllm, transformers, got 'hf'"),
         ({"scoring": "transformers", "temperature": 1}, r"temperature must be 0 with scoring='transformers'"),

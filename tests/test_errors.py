@@ -117,6 +117,7 @@ def test_a_name_can_be_used_once_at_a_time(llm):
         ({"max_model_len": 8, "max_num_batched_tokens": 10}, "less than max_num_seqs=256"),
         ({"preemption_mode": "swop"}, "preemption_mode must be one of recompute, swap"),
         ({"swap_space": 0}, "swap_space must be a number of GiB > 0, got 0"),
+        ({"swap_space": float("nan")}, "swap_space must be a number of GiB > 0, got nan"),
         ({"swap_space": True}, "swap_space must be a number of GiB > 0, got True"),
         ({"swap_space": 1e-6, "preemption_mode": "swap"}, r"swap_space=1e-06 GiB holds 0 blocks of .* bytes"),
         ({"dtype": "int8"}, "dtype must be one of auto, float16"),

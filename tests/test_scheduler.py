@@ -331,7 +331,7 @@ def test_beams_are_computed_together_or_not_at_all():
 
 def test_beams_that_are_computed_again_wait_for_each_other():
     """With too few tokens a step for all of them, their last tokens still come in the same step."""
-    s = scheduler(num_blocks=40, max_num_batched_tokens=4)
+    s = scheduler(num_blocks=40, max_num_batched_tokens=6)
     table = s.new_block_table()
     beams = Request("b", range(5), SamplingParams(), block_table=table, seed=0, max_tokens=9, beam_width=3)
     s.add(beams)
@@ -349,6 +349,7 @@ def test_beams_that_are_computed_again_wait_for_each_other():
     assert s.num_recomputed_tokens > 0
     assert len(sampled) > 10
     assert all(samples in ([1], [1, 1, 1]) or not any(samples) for samples in sampled)
+    assert sampled.count([1]) == 1, "only the prompt's end is one beam's alone"
 
 
 def test_spare_blocks_are_kept_for_the_running():
