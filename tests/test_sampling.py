@@ -226,7 +226,9 @@ def test_wishes_about_tokens_are_their_definitions(logits, allowed, bans, bias, 
     rounded = [float(np.float32(x)) for x in (repetition, frequency, presence)]
     small = {token: float(np.float32(x)) for token, x in bias.items()}
     expected = adjusted_by_hand(logits, allowed, bans, small, prompt, output, *rounded)
-    torch.testing.assert_close(adjusted, torch.tensor(expected, dtype=torch.float64))
+    # The frequency penalty times a count of at most 12, and the presence penalty beside it, are rounded once each.
+    bound = 2 * 2**-24 * (2 * 12 + 2)
+    torch.testing.assert_close(adjusted, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=bound)
 
 
 def test_a_row_forgets_the_wishes_of_its_last_owner():
