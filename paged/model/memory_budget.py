@@ -90,7 +90,7 @@ def largest_steps(config: EngineConfig) -> tuple[Step, Step]:
     """Two Steps that no other outgrows: prompts that fill the token budget, and decodes of sequences at full length.
 
     Both want log probabilities, as many as requests may have, and the prompts those of their own tokens too. (A beam
-    search may want more than that, and swapping copies through memory of its own: what the share leaves has to hold it.)
+    search may want more than that, and swapping copies through memory of its own: what the share leaves holds that.)
 
     All block tables name block 1 alone, so that a pool of three blocks is enough to run them: what they compute is of
     no use, what memory they take is.
