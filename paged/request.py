@@ -13,6 +13,13 @@ The two counters are the heart of the bookkeeping, and they are never one:
 
 A step computes the tokens between the two; a token is sampled where the step reaches the end of what is known. So a
 prompt, a decode and the recomputation after a preemption are one thing, and no code asks which of them it is.
+
+While a step is in flight and the next one is planned already, there is a token more: the pending one, which the device
+has or will have in a moment and the host has not seen. It counts towards `length`, and what the step in flight computes
+counts as computed:
+
+    the second step is in flight             a b c d ?      num_tokens 4   num_computed_tokens 4   length 5
+    and has brought e                        a b c d e      num_tokens 5   num_computed_tokens 4   length 5
 """
 
 import enum
@@ -39,7 +46,9 @@ class Sequence:
         index: which of the request's samples it is.
         token_ids: the prompt's tokens and the sampled ones.
         num_prompt_tokens: how many of them are the prompt's.
-        num_computed_tokens: how many of them have their K and V in the pool.
+        num_computed_tokens: how many of them have their K and V in the pool, or get them from a step in flight behind
+            which another is planned.
+        num_pending_tokens: 1 while such a step samples a token of this sequence, else 0.
         num_discarded_tokens: how many had them there before the last preemption: what has to be computed again.
         block_table: where the K and V are; empty while the sequence waits.
         host_table: where they are in host memory while the sequence is swapped out, else None.
@@ -54,6 +63,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_discarded_tokens = 0
         self.block_table = block_table
         self.host_table: BlockTable | None = None
@@ -67,6 +77,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens that are known."""
         return len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are known or pending."""
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -123,6 +138,7 @@ class Request:
         num_preemptions: how often its blocks were taken away.
         is_beam_search: whether the sequences are beams.
         may_ban: whether `banned_token_ids` is ever not empty.
+        is_simple: whether the step behind one of its own can be planned before that one's token is known.
         num_cached_tokens: prompt tokens that were found computed when it was first admitted; None before.
 
     Example:
@@ -168,6 +184,7 @@ class Request:
         self.num_preemptions = 0
         self.num_cached_tokens: int | None = None
         self.may_ban = bool(self.bad_words) or sampling_params.min_tokens > 0
+        self.is_simple = self._is_simple()
 
     @property
     def is_finished(self) -> bool:
@@ -189,6 +206,10 @@ class Request:
         """The sequences that wait for the leader to compute the prompt."""
         return [sequence for sequence in self.unfinished[1:] if sequence.num_computed_tokens == 0]
 
+    def will_end(self, sequence: Sequence) -> bool:
+        """Whether the token that is pending is the last one of `sequence`, whatever it will be."""
+        return sequence.length - sequence.num_prompt_tokens >= self.max_tokens
+
     def banned_token_ids(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that `sequence` must not get next: what would end it too early, and the ends of bad words."""
         banned: set[int] = set()
@@ -209,3 +230,19 @@ class Request:
             sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, token
         elif len(sequence.token_ids) - sequence.num_prompt_tokens >= self.max_tokens:
             sequence.finish_reason = FinishReason.LENGTH
+
+    def _is_simple(self) -> bool:
+        """Whether a token's value changes nothing in the plan of the next step, but that it may be the last one.
+
+        An end of sequence or a stop token is found one step late, and the row that was computed in vain is ignored.
+        Penalties are no obstacle: the device counts what it samples, step after step. What has to wait:
+        """
+        params = self.sampling_params
+        return not (
+            self.is_beam_search  # who continues whom is chosen by all the candidates
+            or self.may_ban  # what is banned next depends on the tokens so far
+            or params.stop_strings  # they are found in the text, by the engine, after everybody's tokens were taken in
+            # Their numbers stay on the device until they are fetched, and the pool was sized with one step's of them.
+            or params.logprobs is not None
+            or params.prompt_logprobs is not None
+        )

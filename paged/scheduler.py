@@ -15,6 +15,7 @@ The first in order is never preempted, and every request that was accepted fits 
 forward and everyone ends.
 
 Nothing here knows a tensor or a model: `schedule` gives a Step, whoever runs it gives the sampled tokens to `update`.
+While that one runs, `schedule_ahead` can plan the next: it needs to know how many tokens come, and not which.
 This file decides who and when; how blocks are filled, shared and moved is the KVCacheManager's business.
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Sequence as SequenceOf
 from paged.blocks import BlockTable, num_blocks_to_write
 from paged.kv_cache_manager import KVCacheManager
 from paged.request import Branch, FinishReason, Request, Sequence
-from paged.step import Step
+from paged.step import RowPlan, Step
 from paged.step_draft import StepDraft
 
 
@@ -170,23 +171,69 @@ class Scheduler:
         """
         if not self._requests:
             return None
-        draft = StepDraft(self.max_num_batched_tokens)
-        self._schedule_running(draft)
-        # Whoever lost its blocks a moment ago would only take them back from somebody else.
-        if not draft.preempted:
-            self._admit_waiting(draft)
-        return draft.finish()
+        return self._fill(StepDraft(self.max_num_batched_tokens))
+
+    def schedule_ahead(self, step: Step) -> Step | None:
+        """Plan what comes behind a step in flight, before it is known what that one samples.
+
+        Its rows count as computed, and each row that samples has a pending token more (`paged/request.py`). Who ends
+        with that token for sure, by length, gets no row. Who turns out to have ended otherwise has one in vain: `update`
+        will ignore it. Its blocks are free by then, yet nobody else writes into them before the steps in flight have
+        run, because the device runs steps in the order in which they were planned. Nor was any of these blocks findable
+        by its tokens: the row in vain wrote behind all that was published.
+
+        Nobody is preempted here, for a step in flight is about to change what would have to be taken away.
+
+        Args:
+            step: the only step that is in flight.
+
+        Returns:
+            The next step; or None if it cannot be planned yet, which is when a request in `step` is not simple
+            (`Request.is_simple`) or begins its samples, when `step` preempted somebody or would have had to, and when
+            nobody has anything to compute. Then `schedule` can plan it after `update`.
+
+        Example: what "a" samples is not known, and is computed next.
+            >>> from paged.sampling_params import SamplingParams
+            >>> scheduler = Scheduler(num_blocks=10, block_size=4, max_num_seqs=2, max_num_batched_tokens=9)
+            >>> table = scheduler.new_block_table()
+            >>> scheduler.add(Request("a", [5, 6, 7], SamplingParams(), block_table=table, seed=0, max_tokens=2))
+            >>> first = scheduler.schedule()
+            >>> second = scheduler.schedule_ahead(first)
+            >>> [(row.start, row.token_ids) for row in second.rows]
+            [(3, (None,))]
+            >>> _ = scheduler.update(first, [8])
+            >>> scheduler.schedule_ahead(second)                     # it is about to end
+        """
+        owned = [(row, owner) for row in step.rows if (owner := self.owner(row)) is not None]
+        if step.preempted or step.short_of_blocks:
+            return None
+        if any(not request.is_simple or len(row.samples) > 1 for row, (request, _) in owned):
+            return None
+        for row, (_, sequence) in owned:
+            sequence.num_computed_tokens = row.end
+            sequence.num_pending_tokens = len(row.samples)
+        ahead = self._fill(StepDraft(self.max_num_batched_tokens, is_ahead=True))
+        return ahead if ahead.rows else None
+
+    def owner(self, row: RowPlan) -> tuple[Request, Sequence] | None:
+        """Whose row this is; None if that has ended since the row was planned."""
+        request = self._requests.get(row.request_id)
+        if request is None or request.arrival != row.arrival:  # ended, and perhaps another has its name
+            return None
+        sequence = request.sequences[row.sequence_index]
+        return (request, sequence) if sequence.row == row.row else None
 
     def update(self, step: Step, token_ids: SequenceOf[int | None]) -> list[tuple[Request, Sequence] | None]:
         """Take in what a step brought: its K and V exist now, and these tokens were sampled.
 
         Args:
-            step: the step that ran.
+            step: the step that ran. Steps are taken in in the order in which they were planned.
             token_ids: one token for each of its samples, in order; None where the logits were no numbers, which ends
                 the sequence with an error.
 
         Returns:
-            For each token who got it, or None if its request was aborted while the step ran. Sequences that it ended
+            For each token who got it, or None if that had ended before: it was aborted while the step ran, or ended
+            with a step that was still in flight when this one was planned. Sequences that it ended
             have their `finish_reason` set and their blocks back in the pool. Beams get nothing here: `branch` says
             how they go on.
         """
@@ -196,12 +243,13 @@ class Scheduler:
             num_samples = len(row.samples)
             tokens = token_ids[first : first + num_samples]
             first += num_samples
-            request = self._requests.get(row.request_id)
-            if request is None or request.sequences[row.sequence_index].row != row.row:  # aborted while the step ran
+            owner = self.owner(row)
+            if owner is None:
                 grown += [None] * num_samples
                 continue
-            sequence = request.sequences[row.sequence_index]
-            self._computed(request, sequence, row.start + len(row.token_ids))
+            request, sequence = owner
+            self._computed(request, sequence, row.start, row.end)
+            sequence.num_pending_tokens = 0
             if num_samples:
                 followers = request.followers if num_samples > 1 else ()
                 for follower in followers:  # before the leader may end and let go of its blocks
@@ -230,9 +278,11 @@ class Scheduler:
         for request_id in step.preempted:
             if request_id in self._requests:
                 self._discard(self._requests[request_id])
-        names = dict.fromkeys(row.request_id for row in step.rows)
-        failed = [self.abort(name, FinishReason.ERROR) for name in names]
-        return [request for request in failed if request is not None]
+        owners = [owner for row in step.rows if (owner := self.owner(row)) is not None]
+        failed = {request.request_id: request for request, _ in owners}
+        for request in failed.values():
+            self.finish(request, FinishReason.ERROR)
+        return list(failed.values())
 
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: str | None = None, *, only: Sequence | None = None
@@ -259,6 +309,14 @@ class Scheduler:
     def _order(self, request: Request) -> tuple[int, int]:
         return (request.priority if self.by_priority else 0, request.arrival)
 
+    def _fill(self, draft: StepDraft) -> Step:
+        """Plan as much as there is room for."""
+        self._schedule_running(draft)
+        # Whoever lost its blocks a moment ago would only take them back from somebody else.
+        if not draft.preempted and not draft.short_of_blocks:
+            self._admit_waiting(draft)
+        return draft.finish()
+
     def _schedule_running(self, draft: StepDraft) -> None:
         """Give every running request, in order, room for its next tokens; who stands in its way is preempted."""
         position = 0
@@ -270,6 +328,9 @@ class Scheduler:
                 if not sequence.block_table.is_writable(sequence.num_computed_tokens, end):
                     needs_blocks = True
             while needs_blocks and self._num_blocks(writes) > self.pool.num_free:
+                if draft.is_ahead:
+                    draft.short_of_blocks = True
+                    return
                 victim = self.running[-1]  # nothing is planned for it yet: the list is gone through in order
                 self._preempt(victim, draft)
                 if victim is request:
@@ -309,8 +370,11 @@ class Scheduler:
         budget = draft.budget
         if len(request.sequences) == 1:  # as most requests are, and most of them decode: this is kept short
             (sequence,) = request.sequences
-            if sequence.num_computed_tokens + 1 == len(sequence.token_ids):
-                return [(sequence, len(sequence.token_ids))] if budget > 0 else []
+            if request.will_end(sequence):
+                return []
+            length = sequence.length
+            if sequence.num_computed_tokens + 1 == length:
+                return [(sequence, length)] if budget > 0 else []
             num_tokens = self._chunk(request, sequence, draft, budget)
             return [(sequence, sequence.num_computed_tokens + num_tokens)] if num_tokens else []
         sequences = self._ready(request)
@@ -322,6 +386,8 @@ class Scheduler:
             sequences = behind or sequences
         writes = []
         for sequence in sequences:
+            if request.will_end(sequence):
+                continue
             num_tokens = self._chunk(request, sequence, draft, budget)
             if num_tokens == 0:
                 break
@@ -344,7 +410,7 @@ class Scheduler:
     ) -> int:
         """How many tokens of a sequence this step computes, of `budget` at most; 0 if its turn has not come."""
         start = sequence.num_computed_tokens if start is None else start
-        num_tokens = len(sequence.token_ids) - start
+        num_tokens = sequence.length - start
         if num_tokens == 1:
             return min(1, budget)
         if request.followers and start < sequence.num_prompt_tokens:
@@ -377,10 +443,10 @@ class Scheduler:
         if sequence.finish_reason is not None:
             self._release(request, sequence)
 
-    def _computed(self, request: Request, sequence: Sequence, end: int) -> None:
-        """The K and V of a sequence's tokens up to `end` are in the pool."""
-        if sequence.num_computed_tokens < sequence.num_discarded_tokens:
-            self.num_recomputed_tokens += min(end, sequence.num_discarded_tokens) - sequence.num_computed_tokens
+    def _computed(self, request: Request, sequence: Sequence, start: int, end: int) -> None:
+        """The K and V of a sequence's tokens from `start` to `end - 1` are in the pool, as those before are."""
+        if start < sequence.num_discarded_tokens:
+            self.num_recomputed_tokens += min(end, sequence.num_discarded_tokens) - start
         self.kv.computed(request, sequence, end)
 
     def _preempt(self, request: Request, draft: StepDraft) -> None:
@@ -420,3 +486,4 @@ class Scheduler:
         if sequence.row is not None:
             self._free_rows.append(sequence.row)
             sequence.row = None
+            sequence.num_pending_tokens = 0  # whatever is sampled for the row is nobody's

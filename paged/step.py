@@ -56,19 +56,23 @@ class RowPlan(NamedTuple):
         row: its row in the batch's persistent tensors.
         start: position of the first token computed, which is the number of tokens computed before.
         token_ids: the tokens computed, at positions `start`, `start + 1`, ...: one for a decode, many for a prompt.
+            None is the token that was sampled last for this row: the step that samples it was still in flight when this
+            one was planned, so only the device knows it. It is a row's only token then.
         table_change: what to replay on the row's block table before; None if nothing changed.
         samples: what to sample after the last token; nothing if more of what is known has still to be computed.
         prompt_targets: the prompt's tokens behind the first computed ones, if their log probabilities are wanted.
+        arrival: the request's number. While the step is in flight another one may get the name, but never the number.
     """
 
     request_id: str
     sequence_index: int
     row: int
     start: int
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int | None, ...]
     table_change: TableChange | None
     samples: tuple[Sample, ...] = ()
     prompt_targets: tuple[int, ...] = ()
+    arrival: int = 0
 
     @property
     def end(self) -> int:
@@ -88,6 +92,8 @@ class Step:
         swap_ins: host blocks to copy to blocks, next. A step has swap_outs or swap_ins, never both.
         copies: blocks to copy before anything is written.
         preempted: requests whose blocks were taken away to make this step possible.
+        short_of_blocks: somebody was left out who did not find its blocks, because nobody is preempted while another
+            step is in flight. So nothing is planned behind this step before it has ended.
 
     Example: sequence "a" decodes its sixth token while the three of prompt "b" are computed beside it.
         >>> a = RowPlan("a", 0, row=0, start=5, token_ids=(17,), table_change=None, samples=(Sample(0),))
@@ -103,6 +109,7 @@ class Step:
     swap_ins: tuple[BlockCopy, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     preempted: tuple[str, ...] = ()
+    short_of_blocks: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -16,16 +16,19 @@ class StepDraft:
 
     Attributes:
         budget: tokens that it may still take.
+        is_ahead: another step is in flight while this one is planned.
         target_budget: prompt tokens whose log probabilities it may still compute.
-        admissions, swap_outs, swap_ins, preempted: as in Step.
+        admissions, swap_outs, swap_ins, preempted, short_of_blocks: as in Step.
     """
 
     budget: int
+    is_ahead: bool = False
     target_budget: int = MOST_PROMPT_TARGETS
     admissions: list[Admission] = field(default_factory=list)
     swap_outs: list[BlockCopy] = field(default_factory=list)
     swap_ins: list[BlockCopy] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
+    short_of_blocks: bool = False
     # Rows with a single token apart from the others, since they come first.
     _singles: list[RowPlan] = field(default_factory=list)
     _chunks: list[RowPlan] = field(default_factory=list)
@@ -61,7 +64,7 @@ class StepDraft:
             told = TableChange(first, tuple(sequence.block_table.blocks[first:]), copies)
             sequence.num_told_blocks = num_blocks
         samples: tuple[Sample, ...] = ()
-        if end == len(sequence.token_ids):
+        if end == sequence.length:
             samples = (_sample(request, sequence),)
             if end == sequence.num_prompt_tokens and not request.is_beam_search:
                 samples += tuple(_sample(request, follower) for follower in request.followers)
@@ -69,9 +72,15 @@ class StepDraft:
         if start < sequence.num_prompt_tokens and request.sampling_params.prompt_logprobs is not None:
             targets = request.prompt_token_ids[start + 1 : end + 1]
             self.target_budget -= len(targets)
-        tokens = tuple(sequence.token_ids[start:end])
+        tokens: tuple[int | None, ...] = tuple(sequence.token_ids[start:end])
+        if start == sequence.num_tokens:  # everything known is computed: what comes next is pending
+            tokens = (None,)
         rows = self._singles if end - start == 1 else self._chunks
-        rows.append(RowPlan(request.request_id, sequence.index, row, start, tokens, told, samples, targets))
+        rows.append(
+            RowPlan(
+                request.request_id, sequence.index, row, start, tokens, told, samples, targets, arrival=request.arrival
+            )
+        )
         self.budget -= end - start
 
     def finish(self) -> Step:
@@ -87,6 +96,7 @@ class StepDraft:
             swap_ins=tuple(self.swap_ins),
             copies=copies,
             preempted=tuple(self.preempted),
+            short_of_blocks=self.short_of_blocks,
         )
 
 

@@ -2,6 +2,9 @@
 
 The "model" is a function of all tokens before, so a schedule that reads a wrong slot is caught at the
 read, and one that loses or doubles a token gives other tokens than running each request alone.
+
+A step is executed when it is planned, as by a device that runs steps in order. If the next one is planned ahead, the
+scheduler learns only afterwards what was sampled, as from an engine.
 """
 
 from collections import Counter
@@ -62,6 +65,7 @@ class Wanted:
     priority: int = 0
     salt: str | None = None
     beams: bool = False  # n beams instead of n samples
+    simple: bool = True  # nothing in its wishes makes the next step wait
 
 
 @dataclass
@@ -71,6 +75,8 @@ class Simulation:
     scheduler: Scheduler
     wanted: list[Wanted]
     eos: int | None = None
+    ahead: bool = False  # plan a step before the tokens of the one in flight are known, where the scheduler can
+    num_ahead: int = 0
     outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
     num_steps: int = 0
@@ -82,31 +88,41 @@ class Simulation:
         self.memory = TaggedMemory(scheduler.pool.num_blocks, scheduler.block_size, num_host_blocks)
         self.tables: dict[int, list[int]] = {}
         self.indices: dict[int, int] = {}  # row -> which sample of its request it holds
+        self.latest: dict[int, int] = {}  # row -> the token sampled last for it, which the device knows at once
+        flights: list[tuple[Step, list[int]]] = []  # planned and executed, not yet taken in; two at most
         self.requests: dict[str, Request] = {}
         work = sum(w.arrives + len(w.prompt) + w.n * w.max_tokens for w in self.wanted)
         limit = 50 + 4 * work * len(self.wanted)
         last_arrival = max((w.arrives for w in self.wanted), default=0)
         while scheduler.has_unfinished or self.num_steps <= last_arrival:
             self._arrivals_and_aborts()
-            step = scheduler.schedule()
-            if step is not None:
-                assert step.rows, "a step that computes nothing: the queue would never move"
-                self._check_step(step)
-                sampled = self._execute(step)
-                beams: dict[str, list[int]] = {}
-                for owner in scheduler.update(step, sampled):
-                    assert owner is not None, "nobody aborts while a step runs here"
-                    request, sequence = owner
-                    if request.is_beam_search:
-                        beams.setdefault(request.request_id, []).append(sequence.index)
-                    elif sequence.is_finished:
-                        self.outputs[request.request_id, sequence.index] = sequence.output_token_ids
-                for name, computed in beams.items():
-                    self._branch(self.requests[name], computed)
+            if not flights and (step := scheduler.schedule()) is not None:
+                flights.append((step, self._execute(step)))
+            if self.ahead and flights and (step := scheduler.schedule_ahead(flights[0][0])) is not None:
+                flights.append((step, self._execute(step)))
+                self.num_ahead += 1
+            self._check_bookkeeping()
+            if flights:
+                self._take_in(*flights.pop(0))
             self._check_bookkeeping()
             self.num_steps += 1
             assert self.num_steps < limit, "somebody starves"
         return self
+
+    def _take_in(self, step: Step, sampled: list[int]) -> None:
+        """The scheduler learns what a step brought."""
+        beams: dict[str, list[int]] = {}
+        for owner in self.scheduler.update(step, sampled):
+            if owner is None:
+                assert self.ahead, "nobody ends while a step runs here"
+                continue
+            request, sequence = owner
+            if request.is_beam_search:
+                beams.setdefault(request.request_id, []).append(sequence.index)
+            elif sequence.is_finished:
+                self.outputs[request.request_id, sequence.index] = sequence.output_token_ids
+        for name, computed in beams.items():
+            self._branch(self.requests[name], computed)
 
     def check_outputs(self) -> None:
         """Every request ended, with the tokens it would have had alone."""
@@ -144,7 +160,11 @@ class Simulation:
                 request = Request(
                     str(i),
                     wanted.prompt,
-                    SamplingParams(max_tokens=wanted.max_tokens, n=1 if wanted.beams else wanted.n),
+                    SamplingParams(
+                        max_tokens=wanted.max_tokens,
+                        n=1 if wanted.beams else wanted.n,
+                        logprobs=None if wanted.simple else 0,
+                    ),
                     block_table=self.scheduler.new_block_table(),
                     seed=0,  # sample i has seed + i, which tells the stand-in model which one it is
                     max_tokens=wanted.max_tokens,
@@ -176,6 +196,7 @@ class Simulation:
 
     def _check_step(self, step: Step) -> None:
         """What every Step promises."""
+        assert step.rows, "a step that computes nothing: the queue would never move"
         assert step.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(step.rows) <= self.scheduler.max_num_seqs
         assert len({row.row for row in step.rows}) == len(step.rows), "two sequences in one row"
@@ -188,9 +209,14 @@ class Simulation:
         admitted = {r.request_id for r in self.scheduler.running for s in r.sequences if s.row in new_rows}
         assert admitted <= set(names), "admitted to compute nothing: nobody would know if the step failed"
         assert not (step.swap_outs and step.swap_ins), "a host block could be read and written at once"
+        for row in step.rows:
+            request = self.requests[row.request_id]
+            last = len(request.prompt_token_ids) + request.max_tokens - 1
+            assert row.end <= last, "computed what nobody samples from: the last token of all"
 
     def _execute(self, step: Step) -> list[int]:
         """Replay the step's changes on rows of our own, write, read, and sample."""
+        self._check_step(step)
         for copy in step.swap_outs:
             self.memory.swap_out(copy.source, copy.target)
         for copy in step.swap_ins:
@@ -201,6 +227,7 @@ class Simulation:
             self.tables[admission.row] = []
             self.indices[admission.row] = admission.seed
         sampled = []
+        all_known = {}  # row -> its tokens up to the last one computed, as the device knows them
         for row in step.rows:
             table = self.tables[row.row]
             change = row.table_change
@@ -209,17 +236,21 @@ class Simulation:
                 table[change.first_index :] = change.blocks
             sequence = self.requests[row.request_id].sequences[row.sequence_index]
             assert table == sequence.block_table.blocks, "the replayed table is not the sequence's"
-            known = sequence.token_ids[: row.start] + list(row.token_ids)
+            known = sequence.token_ids[: row.start]
+            known += [self.latest[row.row] if token is None else token for token in row.token_ids]
+            assert len(known) == row.end
+            all_known[row.row] = known
             first = self._first_visible(row.start)
             self.memory.write(row.request_id, table, known, row.start, row.end, first)
         for row in step.rows:  # attention reads after every row has written
             sequence = self.requests[row.request_id].sequences[row.sequence_index]
-            known = sequence.token_ids[: row.end]
+            known = all_known[row.row]
             self.memory.read(row.request_id, self.tables[row.row], known, self._first_visible(row.start))
             if row.samples:
-                assert row.end == sequence.num_tokens, "sampled before the end of what is known"
+                assert row.end == sequence.length, "sampled before the end of what is known"
             for sample in row.samples:
                 sampled.append(next_token(known, self.indices[sample.row]))
+                self.latest[sample.row] = sampled[-1]
         return sampled
 
     def _first_visible(self, position: int) -> int:
@@ -235,6 +266,7 @@ class Simulation:
             for sequence in request.unfinished:
                 entries.update(block for block in sequence.block_table.blocks if block != NULL_BLOCK)
                 assert sequence.num_computed_tokens <= sequence.num_tokens
+                assert sequence.num_pending_tokens <= (request in scheduler.running and self.ahead)
                 held = len((sequence.host_table or sequence.block_table).blocks) * scheduler.block_size
                 assert sequence.num_computed_tokens <= held
         assert pool.trash_block not in entries

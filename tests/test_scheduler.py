@@ -36,6 +36,7 @@ def simulations(draw) -> Simulation:
                 priority=st.integers(-1, 1),
                 salt=st.sampled_from([None, None, "salt"]),
                 beams=st.booleans(),
+                simple=st.sampled_from([True, True, False]),
             ),
             min_size=1,
             max_size=8,
@@ -60,7 +61,7 @@ def simulations(draw) -> Simulation:
         sliding_window=draw(st.none() | st.integers(1, 20)),
         spare_blocks_per_seq=draw(st.integers(0, 2)),
     )
-    return Simulation(scheduler, wanted, eos=draw(st.none() | st.integers(0, 49)))
+    return Simulation(scheduler, wanted, eos=draw(st.none() | st.integers(0, 49)), ahead=draw(st.booleans()))
 
 
 def most_blocks(w: Wanted, block_size: int) -> int:
@@ -105,7 +106,11 @@ def random_simulation(seed: int) -> Simulation:
         sliding_window=rng.choice((None, None, rng.randint(1, 20))),
         spare_blocks_per_seq=rng.randint(0, 2),
     )
-    return Simulation(scheduler, wanted, eos=rng.choice((None, rng.randrange(50))))
+    simulation = Simulation(scheduler, wanted, eos=rng.choice((None, rng.randrange(50))), ahead=rng.random() < 0.5)
+    if rng.random() < 0.5:  # in the other half all are simple, so that as much as possible is planned ahead
+        for w in wanted:
+            w.simple = rng.random() < 0.8
+    return simulation
 
 
 def test_many_random_schedules(pytestconfig):
@@ -118,6 +123,7 @@ def test_many_random_schedules(pytestconfig):
         except AssertionError as error:
             raise AssertionError(f"random_simulation({seed}): {error}") from error
         scheduler = simulation.scheduler
+        totals["planned ahead"] += simulation.num_ahead
         totals["swaps"] += scheduler.num_swaps
         totals["recomputations"] += scheduler.num_preemptions - scheduler.num_swaps
         totals["blocks swapped out"] += scheduler.kv.num_swapped_out_blocks
