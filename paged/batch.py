@@ -29,6 +29,7 @@ from torch import Tensor
 from paged.blocks import NULL_BLOCK, blocks_for
 from paged.sampling.sampler import SamplingInputs
 from paged.step import Step
+from paged.transfer import to_device
 from paged.wishes import Wishes
 
 # Contexts up to here are not worth a group of their own: the calls would cost more than the padding.
@@ -134,6 +135,7 @@ class BatchBuilder:
         self._fine_groups = fine_groups
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
         self._wishes = Wishes(max_num_seqs, vocab_size, self._device)
+        self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
 
     @property
     def block_table_bytes(self) -> int:
@@ -158,14 +160,13 @@ class BatchBuilder:
             self._group(rows[i:j], starts[i:j] + lengths[i:j], first_tokens[i : j + 1])
             for i, j in itertools.pairwise(borders)
         )
-        token_ids = np.array([token for row in step.rows for token in row.token_ids])
         samples = [sample for row in step.rows for sample in row.samples]
         num_samples = np.array([len(row.samples) for row in step.rows])
         sampled_rows = np.array([sample.row for sample in samples], np.int64)
         prompt_tokens = [np.arange(len(row.prompt_targets)) + first_tokens[i] for i, row in enumerate(step.rows)]
         prompt_targets = [target for row in step.rows for target in row.prompt_targets]
         return Batch(
-            token_ids=self._tensor(token_ids),
+            token_ids=self._token_ids(step, rows[owner]),
             positions=self._tensor(positions),
             attention=AttentionInputs(self._tensor(slots), groups),
             sampled=self._tensor(np.repeat(first_tokens[1:] - 1, num_samples)),
@@ -178,13 +179,23 @@ class BatchBuilder:
         )
 
     def count(self, batch: Batch, token_ids: Tensor) -> None:
-        """Note what was sampled, for the penalties of later steps; nothing waits for it.
+        """Note what was sampled, for the tokens and the penalties of later steps; nothing waits for it.
 
         Args:
             batch: the batch that ran.
             token_ids: [S] int64.
         """
+        self._last_token_ids[batch.sampled_rows] = token_ids
         self._wishes.count(batch.sampled_rows, token_ids)
+
+    def _token_ids(self, step: Step, rows: np.ndarray) -> Tensor:
+        """[T]: the tokens of a step; what the host does not know yet is what was sampled last for the token's row."""
+        planned = [token for row in step.rows for token in row.token_ids]
+        given = self._tensor(np.array([0 if token is None else token for token in planned]))
+        if None not in planned:
+            return given
+        known = self._tensor(np.array([token is not None for token in planned]))
+        return torch.where(known, given, self._last_token_ids[self._tensor(rows)])
 
     def _fine_borders(self, step: Step) -> Iterator[int]:
         """Rows at which a group should begin so that little is padded: each prompt, and decodes twice as long."""
@@ -221,4 +232,4 @@ class BatchBuilder:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         # Fancy indexing and arithmetic made a fresh array, which the tensor may keep without a copy.
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)

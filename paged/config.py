@@ -54,6 +54,9 @@ class EngineConfig:
         spare_blocks_per_seq: free blocks that stay for each running sequence when another is admitted (not in vLLM).
         enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
         attention_form: "gathered", "fused", or "auto": gathered when eager, fused when compiled.
+        async_scheduling: plan and launch a step while the one before it still runs, where its tokens only matter to the
+            device (docs/design.md). None does so on a GPU, unless enforce_eager; a CPU runs the steps itself, so it
+            gains nothing.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the range.
@@ -92,6 +95,7 @@ class EngineConfig:
     spare_blocks_per_seq: int = 1
     enforce_eager: bool | None = None
     attention_form: str = "auto"
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs"):
@@ -105,7 +109,8 @@ class EngineConfig:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         for name in ("skip_tokenizer_init", "trust_remote_code", "enable_chunked_prefill", "enable_prefix_caching"):
             self._check_choice(name, (True, False))
-        self._check_choice("enforce_eager", (True, False, None))
+        for name in ("enforce_eager", "async_scheduling"):
+            self._check_choice(name, (True, False, None))
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             raise ValueError(f"tokenizer must be a folder or a hub name, got {self.tokenizer!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -1,24 +1,31 @@
 """The engine: the loop that turns requests into tokens.
 
-    add_request ->  schedule -> run -> update -> outputs  -> ...   one `step` at a time, until nobody is left
+    add_request ->  schedule -> launch -> result -> update -> outputs -> ...   a `step` at a time, until nobody is left
 
 The scheduler decides in integers, the runner computes with tensors, and this file only carries one's results to the
 other, and looks for stop strings in what comes out. A step that fails ends the requests in it, and nobody else's.
+
+A GPU would be idle while the host reads what one step sampled and plans the next. So where the scheduler can plan the
+next one without those tokens, that one is launched before they are read:
+
+    host      plan 1, launch 1 | plan 2, launch 2 | read 1, outputs | plan 3, launch 3 | read 2, outputs | ...
+    device                     [       step 1       ][       step 2                   ][       step 3    ...
 """
 
 import hashlib
 import logging
 import operator
 import reprlib
+from collections import deque
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 from paged.answers import Answers, BeamAnswers
 from paged.beam_search import BeamSearch, num_candidates
 from paged.config import EngineConfig
 from paged.memory.events import StepEvent, take_event
 from paged.model import ModelRunner, load_model
-from paged.model.runner import StepResult
+from paged.model.runner import StepInFlight, StepResult
 from paged.outputs import RequestOutput
 from paged.request import FinishReason, Request, Sequence
 from paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -26,6 +33,18 @@ from paged.scheduler import Scheduler
 from paged.step import Step
 
 logger = logging.getLogger(__name__)
+
+
+class Launched(NamedTuple):
+    """A step whose result was not read yet.
+
+    Attributes:
+        step: the plan.
+        flight: who knows its result; None if it failed already.
+    """
+
+    step: Step
+    flight: StepInFlight | None
 
 
 class Engine:
@@ -40,6 +59,8 @@ class Engine:
         scheduler: queues, blocks and counters.
         runner: the model and its pool.
         events: what the pool held at every step, kept only after `record_events()`.
+        num_steps: steps launched so far.
+        num_overlapped_steps: those among them that were planned and launched while another was in flight.
 
     Example (see `LLM` for the short way):
         >>> engine = Engine(EngineConfig(model="tiny"))                                   # doctest: +SKIP
@@ -73,6 +94,12 @@ class Engine:
             spare_blocks_per_seq=self.config.spare_blocks_per_seq,
         )
         self.events: list[StepEvent] | None = None
+        self.num_steps = 0
+        self.num_overlapped_steps = 0
+        self._plans_ahead = self.config.async_scheduling
+        if self._plans_ahead is None:
+            self._plans_ahead = loaded.device.type == "cuda" and not self.config.enforce_eager
+        self._in_flight: deque[Launched] = deque()  # oldest first, two at most
         self._answers: dict[str, Answers] = {}
         self._beams: dict[str, BeamAnswers] = {}
         self._num_arrivals = 0
@@ -83,7 +110,11 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def record_events(self) -> list[StepEvent]:
-        """Note from now on what the pool holds at every step; returns the list that grows."""
+        """Note from now on what the pool holds at every step; returns the list that grows.
+
+        Steps are planned one after another then, even with `async_scheduling`: what the pool holds during a step is
+        only known once the one before it has ended.
+        """
         self.events = []
         return self.events
 
@@ -154,6 +185,7 @@ class Engine:
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request and free its blocks. None if no such request is unfinished."""
         request = self.scheduler.abort(request_id)
+        self._drop_useless_steps()
         return None if request is None else self._output(request)
 
     def reset_prefix_cache(self) -> bool:
@@ -161,21 +193,48 @@ class Engine:
         return self.scheduler.reset_prefix_cache()
 
     def step(self) -> list[RequestOutput]:
-        """Run one step.
+        """Bring one step to its end; before that, launch the one behind it if that can be planned already.
 
         Returns:
             The requests that got a token, as their `output_kind` wants it. If the model or the sampler fails, the
             requests of the step, ended with the reason "error".
         """
-        step = self.scheduler.schedule()
-        if step is None:
-            return []
-        if self.events is not None:
-            self.events.append(take_event(step, self.scheduler))
+        if not self._in_flight:
+            step = self.scheduler.schedule()
+            if step is None:
+                return []
+            if self.events is not None:
+                self.events.append(take_event(step, self.scheduler))
+            self._launch(step)
+        launched = self._in_flight[0]
+        if self._plans_ahead and self.events is None and len(self._in_flight) == 1 and launched.flight is not None:
+            ahead = self.scheduler.schedule_ahead(launched.step)
+            if ahead is not None:
+                self.num_overlapped_steps += 1
+                self._launch(ahead)
+        outputs = self._end(launched)
+        self._drop_useless_steps()
+        return outputs
+
+    def _launch(self, step: Step) -> None:
+        self.num_steps += 1
+        flight = None
         try:
-            result = self.runner.run(step)
-        except Exception:
-            logger.exception("a step of %d tokens failed; its requests end with an error", step.num_tokens)
+            flight = self.runner.launch(step)
+        except Exception:  # its requests are told when its turn comes: the step before it may have to be read first
+            _log_failure(step)
+        self._in_flight.append(Launched(step, flight))
+
+    def _end(self, launched: Launched) -> list[RequestOutput]:
+        """Read what the oldest step in flight brought, and hand it out."""
+        step, result = launched.step, None
+        if launched.flight is not None:
+            try:
+                result = launched.flight.result()
+            except Exception:
+                _log_failure(step)
+        self._in_flight.popleft()
+        if result is None:
             return [self._output(request) for request in self.scheduler.fail(step)]
         self._take_prompt_logprobs(step, result)
         grown: dict[str, Request] = {}
@@ -193,6 +252,11 @@ class Engine:
             for request in grown.values()
             if request.is_finished or request.sampling_params.output_kind is not RequestOutputKind.FINAL_ONLY
         ]
+
+    def _drop_useless_steps(self) -> None:
+        """Forget what is in flight if nobody is left whom it could bring anything."""
+        if not self.scheduler.has_unfinished:
+            self._in_flight.clear()
 
     def default_sampling_params(self) -> SamplingParams:
         """The wishes of a request that brings none: the checkpoint's, or neutral with `generation_config="vllm"`."""
@@ -307,7 +371,8 @@ class Engine:
         for row in step.rows:
             if row.prompt_targets:
                 last = first + len(row.prompt_targets)
-                self._answers[row.request_id].add_prompt_logprobs(row.start + 1, result.prompt_logprobs[first:last])
+                if self.scheduler.owner(row) is not None:
+                    self._answers[row.request_id].add_prompt_logprobs(row.start + 1, result.prompt_logprobs[first:last])
                 first = last
 
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
@@ -327,6 +392,10 @@ class Engine:
         if request.is_finished:
             del by_name[request.request_id]
         return answers.output()
+
+
+def _log_failure(step: Step) -> None:
+    logger.exception("a step of %d tokens failed; its requests end with an error", step.num_tokens)
 
 
 def _token_id(token: SupportsIndex) -> int:

@@ -11,10 +11,12 @@ head, which goes wherever its block goes. fp8 has scales as well, but they are t
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from paged.quantisation import to_fp8, to_int8
+from paged.transfer import to_device
 
 # The tensors of one layer, all indexed by block first: key_cache, value_cache; of int8 also key_scale, value_scale.
 LayerCache = tuple[Tensor, ...]
@@ -164,9 +166,11 @@ def copy_blocks(caches: Iterable[LayerCache], pairs: Sequence[tuple[int, int]]) 
     sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
     if len(set(targets)) != len(targets) or set(targets) & set(sources):
         raise ValueError(f"block copies {pairs} depend on their order: a target is written twice or read as a source")
-    for cache in caches:
-        for tensor in cache:
-            tensor[targets] = tensor[sources]
+    tensors = [tensor for cache in caches for tensor in cache]
+    device = tensors[0].device
+    from_blocks, to_blocks = to_device(np.array(sources), device), to_device(np.array(targets), device)
+    for tensor in tensors:
+        tensor[to_blocks] = tensor[from_blocks]
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

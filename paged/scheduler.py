@@ -176,13 +176,13 @@ class Scheduler:
     def schedule_ahead(self, step: Step) -> Step | None:
         """Plan what comes behind a step in flight, before it is known what that one samples.
 
-        Its rows count as computed, and each row that samples has a pending token more (`paged/request.py`). Who ends
-        with that token for sure, by length, gets no row. Who turns out to have ended otherwise has one in vain: `update`
-        will ignore it. Its blocks are free by then, yet nobody else writes into them before the steps in flight have
-        run, because the device runs steps in the order in which they were planned. Nor was any of these blocks findable
-        by its tokens: the row in vain wrote behind all that was published.
+        Its rows count as computed, and a sequence that it samples from has a pending token (paged/request.py). Who ends
+        with that token for sure, by length, gets no row here. Who turns out to end with it otherwise has a row in vain,
+        which `update` ignores. That row may write into a block that is free by then: it does so before anybody whom
+        the block is given to later, because the device runs steps in the order in which they were planned; and behind
+        everything that the prefix cache can find, because only full blocks of known tokens are published.
 
-        Nobody is preempted here, for a step in flight is about to change what would have to be taken away.
+        Nobody is preempted here: a sequence whose latest token is not known can be neither computed again nor moved.
 
         Args:
             step: the only step that is in flight.

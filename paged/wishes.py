@@ -14,6 +14,7 @@ from paged.sampling.adjust import Allowed, Edits, Penalties, TokenCounts
 from paged.sampling.sampler import SamplingInputs
 from paged.sampling_params import GREEDY_BELOW
 from paged.step import Admission, Sample
+from paged.transfer import to_device
 
 
 class Wishes:
@@ -57,7 +58,7 @@ class Wishes:
         if params.allowed_token_ids is not None:
             mask = torch.zeros(self._vocab_size, dtype=torch.bool)
             mask[list(params.allowed_token_ids)] = True
-            self._allowed[row] = mask.to(self._device)
+            self._allowed[row] = to_device(mask.numpy(), self._device)
         for wanted, wishes in (
             (params.logprobs, self._num_logprobs),
             (params.prompt_logprobs, self._num_prompt_logprobs),
@@ -149,4 +150,4 @@ class Wishes:
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,8 +244,8 @@ def test_half_a_character_at_the_end_comes_out():
     half = llm.get_tokenizer()("é", add_special_tokens=False)["input_ids"][0]
     engine = llm.engine
     engine.add_request("a", "To be", SamplingParams(temperature=0, max_tokens=1))
-    run = engine.runner.run
-    engine.runner.run = lambda step: run(step)._replace(token_ids=[half])
+    launch = engine.runner.launch
+    engine.runner.launch = lambda step: replace(launch(step), token_ids=torch.tensor([half]))
     (output,) = engine.step()
     assert (output.outputs[0].text, output.finished) == ("\ufffd", True)
 
@@ -349,15 +350,15 @@ def test_ctrl_c_leaves_nothing_in_the_engine(folders, monkeypatch):
     llm = load(folders["llama"])
     prompts = as_prompts(token_prompts([5, 20]))
     expected = tokens_of(llm.generate(prompts, GREEDY))
-    run, steps = llm.engine.runner.run, []
+    launch, steps = llm.engine.runner.launch, []
 
     def interrupted(step):
         steps.append(step)
         if len(steps) == 3:
             raise KeyboardInterrupt
-        return run(step)
+        return launch(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(prompts, GREEDY)
     assert not llm.engine.has_unfinished_requests

@@ -41,7 +41,7 @@ LAYERS = (
     ("paged.wishes",),
     ("paged.step", "paged.request"),
     ("paged.kv_pool", "paged.attention", "paged.sampling", "paged.outputs", "paged.config", "paged.blocks"),
-    ("paged.sampling_params", "paged.quantisation"),
+    ("paged.sampling_params", "paged.quantisation", "paged.transfer"),
 )
 
 Rule = Callable[[Path], list[str]]

@@ -12,7 +12,7 @@ from paged.engine import Engine
 from paged.memory.events import Holding, StepEvent, take_event
 from paged.memory.plots import LABELS, STACK, PoolHistory, pool_map, shares_over_time, side_by_side
 from paged.memory.states import SlotState, Span, contiguous_frame, paged_frame, shares, slots_saved_by_sharing
-from paged.model.runner import StepResult
+from paged.model.runner import StepInFlight
 from paged.request import Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
@@ -95,9 +95,9 @@ class WatchedPool:
         self.cached: list[set[int]] = []
         self.written: list[np.ndarray] = []
         self.times: list[list[int]] = []
-        self._allocate, self._run = self.pool.allocate, engine.runner.run
+        self._allocate, self._launch = self.pool.allocate, engine.runner.launch
         self._num_times = [0] * self.pool.num_blocks
-        self.pool.allocate, engine.runner.run = self.allocate, self.run
+        self.pool.allocate, engine.runner.launch = self.allocate, self.launch
 
     def allocate(self, count: int) -> list[int]:
         blocks = self._allocate(count)
@@ -106,14 +106,14 @@ class WatchedPool:
             self._num_times[block] += 1
         return blocks
 
-    def run(self, step: Step) -> StepResult:
+    def launch(self, step: Step) -> StepInFlight:
         """Take the picture where the event is defined: after the step wrote, before anybody gives blocks back."""
-        result = self._run(step)
+        flight = self._launch(step)  # which a CPU has run then
         self.ref_counts.append([self.pool.ref_count(block) for block in range(self.pool.num_blocks)])
         self.cached.append(set(self.pool.cached_blocks))
         self.written.append((self.keys[:, :, 0, 0] != UNWRITTEN).numpy())
         self.times.append(list(self._num_times))
-        return result
+        return flight
 
     def will_be_written(self, step: int, block: int) -> np.ndarray:
         """[P] bool: the slots of a block that have been written when its holders are done with it."""

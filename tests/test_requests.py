@@ -59,6 +59,7 @@ def engine_settings(draw) -> dict:
         "enable_prefix_caching": draw(st.booleans()),
         "spare_blocks_per_seq": draw(st.integers(0, 1)),
         "attention_form": draw(st.sampled_from(["gathered", "fused"])),
+        "async_scheduling": draw(st.booleans()),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
         "swap_space": draw(st.sampled_from([block_size * 8 / 2**20, 1])),  # GiB: for a few blocks, for all
         "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
@@ -366,15 +367,15 @@ def test_a_step_that_fails_ends_its_requests_and_nobody_elses(folders, monkeypat
     llm = load(folders["llama"], max_num_seqs=2)
     prompts = token_prompts([5, 9, 7])
     expected = tokens_of(llm.generate(as_prompts(prompts), GREEDY))
-    run, steps = llm.engine.runner.run, []
+    launch, steps = llm.engine.runner.launch, []
 
     def failing(step):
         steps.append(step)
         if len(steps) == 3:
             raise RuntimeError("the device is on fire")
-        return run(step)
+        return launch(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", failing)
+    monkeypatch.setattr(llm.engine.runner, "launch", failing)
     outputs = llm.generate(as_prompts(prompts), GREEDY)
     reasons = [output.outputs[0].finish_reason for output in outputs]
     assert reasons == ["error", "error", "length"]
@@ -390,15 +391,15 @@ def test_who_was_swapped_out_by_a_failed_step_is_computed_again(folders, monkeyp
     prompts = token_prompts([9, 9])
     expected = tokens_of(llm.generate(as_prompts(prompts), GREEDY))
     assert llm.engine.scheduler.num_swaps > 0
-    run = llm.engine.runner.run
+    launch = llm.engine.runner.launch
 
     def failing(step):
         if step.swap_outs:
-            monkeypatch.setattr(llm.engine.runner, "run", run)
+            monkeypatch.setattr(llm.engine.runner, "launch", launch)
             raise RuntimeError("the host is on fire")
-        return run(step)
+        return launch(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", failing)
+    monkeypatch.setattr(llm.engine.runner, "launch", failing)
     outputs = llm.generate(as_prompts(prompts), GREEDY)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
     assert tokens_of(outputs)[1] == expected[1]

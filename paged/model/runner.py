@@ -1,5 +1,6 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from paged.model.calibration import calibrate
 from paged.model.loading import LoadedModel
 from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
 from paged.model.paged_attention import find_attention
-from paged.sampling import TokenLogprobs, logprobs_of, sample, token_logprobs
+from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
+from paged.transfer import to_host
 
 # Shapes are dynamic, but sizes 0 and 1 and one or two attention groups still make graphs of their own. Past its limit
 # the compiler would raise (fullgraph), so leave room for all of them.
@@ -45,6 +47,36 @@ class StepResult(NamedTuple):
     token_ids: list[int | None]
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was handed to the device, which may still be running it.
+
+    Attributes:
+        token_ids: [S] int64 on the host, a token for each of its samples; not there before `copied`.
+        broken: [S] bool, likewise: rows whose logits were no numbers.
+        copied: when both have arrived; None on a CPU, which has run the step already.
+        logprobs, prompt_logprobs: what some row wants to know of the sampled tokens and of its prompt's, and those
+            tokens, still on the device; None if no row does.
+    """
+
+    token_ids: Tensor
+    broken: Tensor
+    copied: torch.cuda.Event | None
+    logprobs: tuple[Logprobs, Tensor] | None
+    prompt_logprobs: tuple[Logprobs, Tensor] | None
+
+    def result(self) -> StepResult:
+        """What the step brought; waits for it, and for no step behind it if no row wants log probabilities."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        tokens = self.token_ids.tolist()
+        return StepResult(
+            [None if bad else token for token, bad in zip(tokens, self.broken.tolist(), strict=True)],
+            None if self.logprobs is None else token_logprobs(*self.logprobs),
+            [] if self.prompt_logprobs is None else token_logprobs(*self.prompt_logprobs),
+        )
 
 
 class ModelRunner:
@@ -135,9 +167,17 @@ class ModelRunner:
         """Bytes of the persistent block tables."""
         return self._builder.block_table_bytes
 
-    @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
-        """Run one step: the model, the sampler, and log probabilities for the rows that want them."""
+        """Run one step and wait for what it brings."""
+        return self.launch(step).result()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> StepInFlight:
+        """Hand one step to the device: the model, the sampler, and log probabilities for the rows that want them.
+
+        A GPU is not waited for, so that the host can plan and launch the next step meanwhile. (Moving blocks to or from
+        the host's pool does wait.) Steps run in the order in which they are launched.
+        """
         self._move_blocks(step)
         batch = self._builder.build(step)
         if self.attention_form == "gathered":
@@ -148,16 +188,17 @@ class ModelRunner:
         token_ids, broken = sample(logits[:num_samples], batch.sampling)
         self._builder.count(batch, token_ids)
 
-        logprobs: list[TokenLogprobs] | None = None
+        token_ids_on_host, broken_on_host, copied = to_host(token_ids), to_host(broken), None
+        if token_ids.is_cuda:
+            copied = torch.cuda.current_stream().record_event()
+
+        logprobs = prompt_logprobs = None
         if batch.num_logprobs is not None:
-            found = logprobs_of(logits[:num_samples], token_ids, batch.num_logprobs)
-            logprobs = token_logprobs(found, token_ids)
-        prompt_logprobs: list[TokenLogprobs] = []
+            logprobs = (logprobs_of(logits[:num_samples], token_ids, batch.num_logprobs), token_ids)
         if batch.num_prompt_logprobs is not None:
-            found = logprobs_of(logits[num_samples:], batch.prompt_targets, batch.num_prompt_logprobs)
-            prompt_logprobs = token_logprobs(found, batch.prompt_targets)
-        tokens = [None if bad else token for token, bad in zip(token_ids.tolist(), broken.tolist(), strict=True)]
-        return StepResult(tokens, logprobs, prompt_logprobs)
+            targets = batch.prompt_targets
+            prompt_logprobs = (logprobs_of(logits[num_samples:], targets, batch.num_prompt_logprobs), targets)
+        return StepInFlight(token_ids_on_host, broken_on_host, copied, logprobs, prompt_logprobs)
 
     def _move_blocks(self, step: Step) -> None:
         """Copy blocks before the step writes any. Swapping out comes first: the blocks may be others' targets then."""

@@ -5,8 +5,11 @@ The order is vLLM's: allowed tokens, bans, biases, then the penalties.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from paged.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,9 @@ class TokenCounts:
         """A sequence takes a row; it may have been preempted, so that it has output already."""
         device = self.prompt_seen.device
         self.prompt_seen[row] = False
-        self.prompt_seen[row, torch.tensor(prompt_token_ids, dtype=torch.int64, device=device)] = True
+        self.prompt_seen[row, to_device(np.array(prompt_token_ids, np.int64), device)] = True
         self.output_counts[row] = 0
-        output = torch.tensor(output_token_ids, dtype=torch.int64, device=device)
+        output = to_device(np.array(output_token_ids, np.int64), device)
         self.output_counts[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def add(self, rows: Tensor, token_ids: Tensor) -> None:
