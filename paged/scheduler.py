@@ -486,4 +486,3 @@ class Scheduler:
         if sequence.row is not None:
             self._free_rows.append(sequence.row)
             sequence.row = None
-            sequence.num_pending_tokens = 0  # whatever is sampled for the row is nobody's

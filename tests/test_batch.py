@@ -90,6 +90,25 @@ def test_every_tensor_of_every_step(block_size, lengths, spare, fine_groups):
         s.update(step, [1] * len(sampling_rows))
 
 
+def test_a_token_that_the_host_does_not_know_is_the_one_sampled_last_for_its_row():
+    builder = BatchBuilder(max_num_seqs=4, max_model_len=16, block_size=4, vocab_size=VOCAB, device="cpu")
+    tables = [TableChange(0, (row + 1,)) for row in range(3)]
+    samples = [(Sample(row),) for row in range(3)]
+    admissions = tuple(Admission(row, SamplingParams(), 0) for row in range(3))
+    prompts = [RowPlan(str(i), 0, i, 0, (5, 6), tables[i], samples[i]) for i in range(2)]
+    first = builder.build(Step(tuple(prompts), admissions))
+    builder.count(first, torch.tensor([21, 22]))
+    decodes = [RowPlan("1", 0, 1, 2, (None,), None, samples[1]), RowPlan("0", 0, 0, 2, (9,), None, samples[0])]
+    prompt = RowPlan("2", 0, 2, 0, (7, 8), tables[2], samples[2])
+    second = builder.build(Step((*decodes, prompt)))
+    assert second.token_ids.tolist() == [22, 9, 7, 8]
+    builder.count(second, torch.tensor([31, 32, 33]))
+    third = builder.build(
+        Step(tuple(RowPlan(str(i), 0, i, 3, (None,), None, samples[i]) for i in (2, 0, 1)), admissions[:0])
+    )
+    assert third.token_ids.tolist() == [33, 32, 31]
+
+
 def test_decodes_of_about_the_same_length_are_grouped():
     """Up to 64, then each group up to twice its shortest."""
     lengths = [3, 30, 60, 100, 190, 300, 900, 5000]

@@ -520,6 +520,186 @@ def test_a_step_in_flight_outlives_an_abort():
     assert b.sequences[0].output_token_ids == [2]
 
 
+# --- a step in flight, and the next one planned -----------------------------------------------------------------------
+
+
+def test_a_step_is_planned_behind_one_in_flight():
+    """A decode's token is not known; a prompt goes on with its next chunk; and whoever ends by length is left out."""
+    s = scheduler(num_blocks=40, max_num_batched_tokens=12)
+    for name, length, max_tokens in (("a", 5, 4), ("b", 4, 2), ("c", 9, 4)):
+        s.add(request(s, name, length, max_tokens))
+    first = s.schedule()
+    assert planned(first) == [("a", 0, 5), ("b", 0, 4), ("c", 0, 3)]
+    second = s.schedule_ahead(first)
+    assert [(row.request_id, row.start, row.token_ids) for row in second.rows] == [
+        ("b", 4, (None,)),
+        ("a", 5, (None,)),
+        ("c", 3, (3, 4, 5, 6, 7, 8)),
+    ]
+    a, b, c = (r.sequences[0] for r in s.running)
+    assert (a.num_tokens, a.num_computed_tokens, a.num_pending_tokens, a.length) == (5, 5, 1, 6)
+    assert (c.num_tokens, c.num_computed_tokens, c.num_pending_tokens, c.length) == (9, 3, 0, 9)
+    s.update(first, [20, 21])
+    assert (a.token_ids[5:], a.num_pending_tokens, a.length) == ([20], 0, 6)
+    third = s.schedule_ahead(second)
+    assert planned(third) == [("a", 6, 7), ("c", 9, 10)], "the second token of b is its last"
+    s.update(second, [31, 30, 32])
+    assert b.finish_reason == "length"
+    assert (b.output_token_ids, a.output_token_ids, c.output_token_ids) == ([21, 31], [20, 30], [32])
+
+
+def test_a_row_that_was_planned_in_vain_is_ignored():
+    """The first token of "a" ends it, which is known when its second one is in flight."""
+    s = scheduler()
+    for name in "ab":
+        s.add(request(s, name, 3))
+    s.waiting[0].stop_token_ids = frozenset([7])
+    first = s.schedule()
+    second = s.schedule_ahead(first)
+    assert planned(second) == [("a", 3, 4), ("b", 3, 4)]
+    (_, a), (_, b) = s.update(first, [7, 8])
+    assert (a.finish_reason, a.row, a.block_table.blocks) == ("stop", None, [])
+    third = s.schedule_ahead(second)
+    assert planned(third) == [("b", 4, 5)]
+    nobody, (_, b) = s.update(second, [9, 10])
+    assert nobody is None
+    assert (a.output_token_ids, b.output_token_ids) == ([7], [8, 10])
+
+
+def test_a_name_and_a_row_can_be_used_again_while_a_step_is_in_flight():
+    for how in ("update", "fail"):
+        s = scheduler(max_num_seqs=1)
+        s.add(request(s, "a", 3))
+        first = s.schedule()
+        second = s.schedule_ahead(first)
+        s.update(first, [1])
+        s.abort("a")
+        s.add(request(s, "a", 3))
+        third = s.schedule_ahead(second)
+        assert planned(third) == [("a", 0, 3)]
+        assert third.rows[0].row == second.rows[0].row
+        if how == "update":
+            assert s.update(second, [2]) == [None]
+        else:
+            assert s.fail(second) == []
+        ((_, a),) = s.update(third, [3])
+        assert a.output_token_ids == [3]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "simple"),
+    [
+        ({"stop": ["x"]}, False),
+        ({"min_tokens": 2}, False),
+        ({"logprobs": 0}, False),
+        ({"prompt_logprobs": 0}, False),
+        ({"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0}, True),
+        ({"stop_token_ids": [5], "logit_bias": {3: 1.0}, "allowed_token_ids": [3, 5], "seed": 5, "top_p": 0.5}, True),
+    ],
+    ids=str,
+)
+def test_the_next_step_waits_for_a_request_whose_tokens_decide_more_than_its_end(wishes, simple):
+    s = scheduler()
+    s.add(request(s, "a", 3))
+    params = SamplingParams(max_tokens=4, **wishes)
+    s.add(Request("b", range(3), params, block_table=s.new_block_table(), seed=0, max_tokens=4))
+    first = s.schedule()
+    assert (s.schedule_ahead(first) is not None) == simple
+    if not simple:
+        s.update(first, [1, 2])
+        s.abort("b")
+        second = s.schedule()
+        assert s.schedule_ahead(second) is not None
+
+
+def test_the_next_step_waits_until_samples_have_forked():
+    s = scheduler()
+    params = SamplingParams(max_tokens=4, n=3)
+    s.add(Request("a", range(6), params, block_table=s.new_block_table(), seed=0, max_tokens=4))
+    first = s.schedule()
+    assert s.schedule_ahead(first) is None
+    s.update(first, [1, 2, 3])
+    second = s.schedule()
+    third = s.schedule_ahead(second)
+    assert planned(second) == [("a", 6, 7)] * 3
+    assert planned(third) == [("a", 7, 8)] * 3
+
+
+def test_nobody_is_preempted_while_a_step_is_in_flight():
+    """Six usable blocks of two, and "b" does not find its fourth: it is left out, and then the next step waits."""
+    s = scheduler(num_blocks=8, block_size=2, spare_blocks_per_seq=0)
+    for name in "ab":
+        s.add(request(s, name, 5, max_tokens=8))
+    step = s.schedule()
+    ahead = s.schedule_ahead(step)
+    assert planned(ahead) == [("a", 5, 6), ("b", 5, 6)]
+    s.update(step, [1, 1])
+    s.add(request(s, "c", 1))
+    assert s.pool.num_free == 0
+    assert s.schedule_ahead(ahead) is None, "not even a finds a block"
+    s.update(ahead, [1, 1])
+    step = s.schedule()
+    assert step.preempted == ("b",)
+    assert planned(step) == [("a", 6, 7)]
+    assert s.schedule_ahead(step) is None, "b is to be told first if this step fails"
+
+
+def test_who_finds_no_block_behind_a_step_in_flight_is_left_out_once():
+    """Seven usable blocks of two: "a" takes the last one."""
+    s = scheduler(num_blocks=9, block_size=2, spare_blocks_per_seq=0)
+    for name in "ab":
+        s.add(request(s, name, 5, max_tokens=8))
+    first = s.schedule()
+    second = s.schedule_ahead(first)
+    s.update(first, [1, 1])
+    third = s.schedule_ahead(second)
+    assert planned(third) == [("a", 6, 7)]
+    assert third.short_of_blocks
+    assert third.preempted == ()
+    s.update(second, [2, 2])
+    assert s.schedule_ahead(third) is None, "or b could be left out for long"
+    s.update(third, [3])
+    fourth = s.schedule()
+    assert fourth.preempted == ("b",)
+    assert planned(fourth) == [("a", 7, 8)]
+    assert [r.sequences[0].output_token_ids for r in (*s.running, *s.waiting)] == [[1, 2, 3], [1, 2]]
+    while "b" not in [name for name, *_ in planned(fourth)]:
+        s.update(fourth, [4])
+        fourth = s.schedule()
+    assert planned(fourth) == [("b", 0, 7)]
+    fifth = s.schedule_ahead(fourth)
+    assert planned(fifth) == [("b", 7, 8)]
+    s.update(fourth, [5])
+    s.update(fifth, [6])
+    assert s.num_recomputed_tokens == 6
+
+
+def test_nothing_can_be_found_of_a_step_that_failed_after_the_next_was_planned():
+    s = scheduler(enable_prefix_caching=True)
+    s.add(request(s, "a", 8))
+    first = s.schedule()
+    second = s.schedule_ahead(first)
+    s.add(request(s, "b", 8))
+    (failed,) = s.fail(first)
+    assert failed.request_id == "a"
+    assert s.update(second, [1]) == [None]
+    assert planned(s.schedule()) == [("b", 0, 8)]
+
+
+def test_a_step_that_waits_leaves_a_plan_that_schedule_goes_on_with():
+    """What was counted as computed by a step in flight is, once it has been taken in."""
+    s = scheduler()
+    s.add(request(s, "a", 3, max_tokens=1))
+    first = s.schedule()
+    assert s.schedule_ahead(first) is None, "its only token is its last"
+    s.add(request(s, "b", 3))
+    second = s.schedule_ahead(first)
+    assert planned(second) == [("b", 0, 3)], "newcomers are admitted"
+    assert [owner[0].request_id for owner in s.update(first, [1])] == ["a"]
+    s.update(second, [2])
+    assert planned(s.schedule()) == [("b", 3, 4)]
+
+
 def test_samples_whose_prompt_is_found_whole_begin_before_its_blocks_are_dropped():
     """Preempted, then admitted again with the prompt in the cache: the leader goes on at once, a window behind it."""
     s = scheduler(
