@@ -135,7 +135,8 @@ class BatchBuilder:
         self._fine_groups = fine_groups
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
         self._wishes = Wishes(max_num_seqs, vocab_size, self._device)
-        self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
+        # One more, which nobody writes: the row of padding.
+        self.last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
 
     @property
     def block_table_bytes(self) -> int:
@@ -185,7 +186,7 @@ class BatchBuilder:
             batch: the batch that ran.
             token_ids: [S] int64.
         """
-        self._last_token_ids[batch.sampled_rows] = token_ids
+        self.last_token_ids[batch.sampled_rows] = token_ids
         self._wishes.count(batch.sampled_rows, token_ids)
 
     def _token_ids(self, step: Step, rows: np.ndarray) -> Tensor:
@@ -195,7 +196,7 @@ class BatchBuilder:
         if None not in planned:
             return given
         known = self._tensor(np.array([token is not None for token in planned]))
-        return torch.where(known, given, self._last_token_ids[self._tensor(rows)])
+        return torch.where(known, given, self.last_token_ids[self._tensor(rows)])
 
     def _fine_borders(self, step: Step) -> Iterator[int]:
         """Rows at which a group should begin so that little is padded: each prompt, and decodes twice as long."""

@@ -9,7 +9,7 @@ from typing import Any
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_per_head", "int8", "int8_per_token_head")
-ATTENTION_FORMS = ("auto", "gathered", "fused")
+ATTENTION_FORMS = ("auto", "gathered", "fused", "flex")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 PREEMPTION_MODES = ("recompute", "swap")
 GENERATION_CONFIGS = ("auto", "vllm")
@@ -53,7 +53,11 @@ class EngineConfig:
         max_logprobs: most log probabilities that a request may want for each token; -1 for no such limit.
         spare_blocks_per_seq: free blocks that stay for each running sequence when another is admitted (not in vLLM).
         enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
-        attention_form: "gathered", "fused", or "auto": gathered when eager, fused when compiled.
+        attention_form: "gathered", "fused", "flex", or "auto": gathered when eager; when compiled, flex on a GPU if
+            it can serve the model and the cache, and fused otherwise.
+        cudagraph_capture_sizes: batch sizes for which decode steps are captured as CUDA graphs, in the flex form; None
+            chooses them, an empty list captures none.
+        cudagraph_capture_seconds: once so many have passed, no further size is captured (not in vLLM).
         async_scheduling: plan and launch a step while the one before it still runs, where its tokens only matter to the
             device (docs/design.md). None does so on a GPU, unless enforce_eager; a CPU runs the steps itself, so it
             gains nothing.
@@ -95,6 +99,8 @@ class EngineConfig:
     spare_blocks_per_seq: int = 1
     enforce_eager: bool | None = None
     attention_form: str = "auto"
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
+    cudagraph_capture_seconds: float = 10.0
     async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:

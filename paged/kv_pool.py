@@ -116,6 +116,25 @@ def write(
             cache[blocks, offsets] = to_fp8(new, scale)
 
 
+def finite_values(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of which every value is a number; where one was none, the key is none either.
+
+    Some forms of attention compute `0 * value` for slots that are not in use, and what a block's last owner left there
+    must not become NaN in somebody else's sequence. A key that is no number makes its own sequence's output NaN, so the
+    error is not hidden.
+
+    Args:
+        key, value: [T, Hkv, D] and [T, Hkv, Dv].
+
+    Example:
+        >>> key, value = finite_values(torch.ones(1, 1, 2), torch.tensor([[[1.0, torch.inf]]]))
+        >>> key.isnan().any().item(), value.tolist()
+        (True, [[[1.0, 0.0]]])
+    """
+    spoilt = (value * 0).sum(dim=-1, keepdim=True)  # 0, or NaN
+    return key + spoilt, torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def allocate_on_host(cache: LayerCache, num_blocks: int) -> LayerCache:
     """Room in host memory for so many blocks of one layer.
 

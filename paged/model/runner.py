@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paged.batch import Batch, BatchBuilder
+from paged.attention import flex
+from paged.batch import AttentionInputs, Batch, BatchBuilder
+from paged.config import EngineConfig
 from paged.kv_pool import (
     LayerCache,
     allocate_layer,
@@ -17,9 +19,11 @@ from paged.kv_pool import (
     swap_blocks,
 )
 from paged.model.calibration import calibrate
+from paged.model.decode_graphs import DecodeGraphs, capture_sizes
+from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
 from paged.model.loading import LoadedModel
 from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
-from paged.model.paged_attention import find_attention
+from paged.model.paged_attention import AttentionCall, find_attention
 from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
 from paged.transfer import to_host
@@ -31,8 +35,8 @@ RECOMPILE_LIMIT = 64
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
 
 
-# Where the attention function finds the tensors of a layer's cache, in their order.
-BUFFERS = ("key_cache", "value_cache", "key_scale", "value_scale")
+# The module's attributes where the attention function finds the tensors of a layer's cache, in their order.
+CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 class StepResult(NamedTuple):
@@ -89,7 +93,8 @@ class ModelRunner:
         num_blocks, num_host_blocks: blocks of the pool and of the one in host memory, null and trash blocks included.
         caches: of every layer, all tensors that are indexed by block: key_cache [N, P, Hkv, D], value_cache
             [N, P, Hkv, Dv]; in int8 also key_scale and value_scale [N, P, Hkv].
-        attention_form: "gathered" or "fused".
+        attention_form: "gathered", "fused" or "flex".
+        graphs: CUDA graphs of decode steps; None if there are none.
         sliding_window: keys further back than this are read by no layer; None if some layer reads all.
         most_gather_bytes: most bytes that gathered copies of K and V took in one layer so far, modelled.
 
@@ -103,11 +108,8 @@ class ModelRunner:
         assert config.max_model_len is not None, "filled in when the model was loaded"
         self.most_gather_bytes = 0
         self._eager = loaded.device.type == "cpu" if config.enforce_eager is None else config.enforce_eager
-        self.attention_form = config.attention_form
-        if self.attention_form == "auto":
-            self.attention_form = "gathered" if self._eager else "fused"
-
         self._calls = find_attention(self._model)
+        self.attention_form = choose_form(config, loaded, self._calls, eager=self._eager)
         windows = [call.window for call in self._calls if call.window is not None]
         self.sliding_window = max(windows) if len(windows) == len(self._calls) else None
         shapes = [call.shape for call in self._calls]
@@ -129,6 +131,17 @@ class ModelRunner:
             device=loaded.device,
             fine_groups=self._eager and self.attention_form == "gathered",
         )
+        self._flex: FlexInputsBuilder | None = None
+        if self.attention_form == "flex":
+            self._flex = FlexInputsBuilder(
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=config.max_model_len,
+                block_size=config.block_size,
+                num_kv_heads=max(shape.num_kv_heads for shape in shapes),
+                windows=[call.window for call in self._calls],
+                device=loaded.device,
+            )
+        self.graphs: DecodeGraphs | None = None
 
         def run_largest_steps() -> None:
             self._allocate(3, loaded)
@@ -140,6 +153,18 @@ class ModelRunner:
         self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
         self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
         self.most_gather_bytes = 0
+        if self._flex is not None:
+            self._capture(config)
+
+    @torch.inference_mode()
+    def _capture(self, config: EngineConfig) -> None:
+        """Capture decode steps; the pool has its final place now."""
+        assert self._flex is not None, "only this form is captured"
+        sizes = config.cudagraph_capture_sizes
+        sizes = capture_sizes(config.max_num_seqs) if sizes is None else [max(2, size) for size in sizes]
+        if sizes:
+            self.graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids)
+            self.graphs.capture(sizes, seconds=config.cudagraph_capture_seconds)
 
     def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
         """Give every attention module a cache of so many blocks; what it had is let go."""
@@ -153,9 +178,13 @@ class ModelRunner:
                     f"a pool of {num_blocks:,} blocks takes {num_blocks * size:,} bytes, more than {loaded.device} has "
                     "left; give it fewer (num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization)"
                 ) from error
-            for name, tensor in zip(BUFFERS, cache, strict=False):  # only int8 has the last two
-                call.module.register_buffer(name, tensor, persistent=False)
+            for name, tensor in zip(CACHES, cache, strict=False):  # only int8 has the last two
+                # Of the sizes only the number of blocks ever changes, and a graph should know the others.
+                torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
+                setattr(call.module, name, tensor)
             self.caches.append(cache)
+        if self._flex is not None:
+            self._flex.set_trash_block(num_blocks - 1)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -179,12 +208,17 @@ class ModelRunner:
         the host's pool does wait.) Steps run in the order in which they are launched.
         """
         self._move_blocks(step)
+        if self._flex is not None:
+            self._flex.replay(step)
         batch = self._builder.build(step)
         if self.attention_form == "gathered":
             blocks = max(group.block_tables.numel() for group in batch.attention.groups)
             self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_gathered_bytes_of_a_block)
         num_samples = len(batch.sampled)
-        logits = self._logits(batch)
+        if self.graphs is not None and self.graphs.fits(step):
+            logits = self.graphs.run(step)
+        else:
+            logits = self._logits(step, batch)
         token_ids, broken = sample(logits[:num_samples], batch.sampling)
         self._builder.count(batch, token_ids)
 
@@ -209,14 +243,28 @@ class ModelRunner:
         if step.copies:
             copy_blocks(self.caches, [(copy.source, copy.target) for copy in step.copies])
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, step: Step, batch: Batch) -> Tensor:
         """[S + Q, V]: the logits of the tokens that are sampled from, then those of prompt tokens that are scored."""
+        wanted = torch.cat([batch.sampled, batch.prompt_tokens])
+        if self._flex is None:
+            return self._forward(batch.token_ids, batch.positions, batch.attention, wanted)
+        token_ids, positions, slots = batch.token_ids, batch.positions, batch.attention.slot_mapping
+        if len(token_ids) == 1:  # a size of 1 would make a graph of its own
+            token_ids, positions = (torch.nn.functional.pad(x, (0, 1)) for x in (token_ids, positions))
+            trash = self._flex.slots(torch.full_like(slots, self._flex.padded_row), torch.zeros_like(slots))
+            slots = torch.cat([slots, trash])
+        return self._forward(token_ids, positions, self._flex.build(step, slots), wanted)
+
+    def _forward(
+        self, token_ids: Tensor, positions: Tensor, inputs: AttentionInputs | FlexInputs, wanted: Tensor | int = 0
+    ) -> Tensor:
+        """The model: [T] tokens at their positions -> [W, V] logits of the wanted ones, 0 for all."""
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             output = self._model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                attention_inputs=batch.attention,
-                logits_to_keep=torch.cat([batch.sampled, batch.prompt_tokens]),
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                attention_inputs=inputs,
+                logits_to_keep=wanted,
                 use_cache=False,
             )
         logits: Tensor = output.logits[0]
@@ -228,3 +276,27 @@ class ModelRunner:
         for call in self._calls:
             layer = self._model.get_submodule(names[id(call.module)].rpartition(".")[0])
             layer.compile(fullgraph=True, dynamic=True, options=COMPILE_OPTIONS)
+
+
+def choose_form(config: EngineConfig, loaded: LoadedModel, calls: list[AttentionCall], *, eager: bool) -> str:
+    """The form of attention that a model is served with.
+
+    Raises:
+        ValueError: "flex" was asked for and cannot serve the model, with the reason.
+    """
+    form = config.attention_form
+    if form not in ("auto", "flex"):
+        return form
+    reason = None
+    if eager or loaded.device.type != "cuda":
+        reason = "it runs compiled on a GPU, and this engine is eager or on a CPU"
+    elif loaded.kv_dtype != loaded.dtype or loaded.dtype == torch.float64:
+        reason = f"it reads no cache of {loaded.kv_dtype} for a model of {loaded.dtype}"
+    else:
+        widths = [width for call in calls for width in (call.shape.head_dim, call.shape.value_dim)]
+        reason = flex.unfit(config.block_size, widths)
+    if form == "flex" and reason is not None:
+        raise ValueError(f"attention_form='flex' cannot be used here: {reason}; use 'auto'")
+    if reason is None:
+        return "flex"
+    return "gathered" if eager else "fused"

@@ -1,0 +1,136 @@
+"""CUDA graphs of decode steps: the whole forward pass of a batch as one launch.
+
+A decode step of a model of 32 layers is some 400 kernels of a few microseconds each, and starting them one by one takes
+the host longer than running them takes the GPU. Captured once, a graph starts them all together; but then every address
+and every shape is fixed. So there is a graph for each of some batch sizes, a batch takes the next larger one, and what
+changes from step to step (who decodes, how long everyone is) is copied into one small tensor that all of them read.
+Everything else is computed on the device: slots, lists of blocks, positions, even the tokens that the step before has
+sampled and the host has not seen yet.
+
+Rows that pad a batch see nothing and write into the trash block.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
+from paged.step import Step
+from paged.transfer import to_device
+
+# token_ids [T], positions [T], inputs -> logits [T, V]
+Forward = Callable[[Tensor, Tensor, FlexInputs], Tensor]
+
+
+def capture_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that are captured, the more apart the larger: padding then wastes about an eighth at most.
+
+    Example:
+        >>> capture_sizes(100)
+        [2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
+    """
+    sizes = [2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
+
+
+def capture_order(sizes: Iterable[int]) -> list[int]:
+    """The order in which they are captured, for when time runs out: the largest, which serves all; the powers of two,
+    smallest first; then the others, largest first.
+
+    Example:
+        >>> capture_order([2, 4, 8, 16, 24, 32, 40, 44])
+        [44, 2, 4, 8, 16, 32, 40, 24]
+    """
+    largest, *others = sorted(sizes, reverse=True)
+    powers = sorted(size for size in others if size & (size - 1) == 0)
+    return [largest, *powers, *(size for size in others if size not in powers)]
+
+
+def can_be_captured(step: Step) -> bool:
+    """Whether a step is of the kind that is captured: every row computes one token and gets one."""
+    return all(len(row.token_ids) == 1 and len(row.samples) == 1 and not row.prompt_targets for row in step.rows)
+
+
+class DecodeGraphs:
+    """A forward pass, captured for several batch sizes.
+
+    Args:
+        forward: the model.
+        inputs: the block tables on the device.
+        last_token_ids: [rows + 1] int64, the latest token of each row, on the device.
+
+    Attributes:
+        sizes: batch sizes that are captured, in order.
+    """
+
+    def __init__(self, forward: Forward, inputs: FlexInputsBuilder, last_token_ids: Tensor) -> None:
+        self.sizes: list[int] = []
+        self._forward = forward
+        self._inputs = inputs
+        self._last_token_ids = last_token_ids
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[int, Tensor] = {}
+        # For each row of the batch: its row, its length, its token, and whether the host knows that.
+        self._batch = torch.zeros(4, 0, dtype=torch.int64)
+
+    def capture(self, sizes: Sequence[int], *, seconds: float) -> None:
+        """Capture a graph for each size, as many as the time allows, and one at least.
+
+        Args:
+            sizes: batch sizes, 2 or more each.
+            seconds: after so many no other is begun.
+        """
+        device = self._last_token_ids.device
+        self._batch = torch.zeros(4, max(sizes), dtype=torch.int64, device=device)
+        self._batch[0] = self._inputs.padded_row
+        started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        for size in capture_order(sizes):
+            if self._graphs and time.perf_counter() - started > seconds:
+                break
+            # Once without capturing: what is compiled, loaded or chosen at the first call must not be captured.
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._run_batch(size)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._logits[size] = self._run_batch(size)
+            self._graphs[size] = graph
+        self.sizes = sorted(self._graphs)
+
+    def fits(self, step: Step) -> bool:
+        """Whether a step can be run."""
+        return bool(self.sizes) and len(step.rows) <= self.sizes[-1] and can_be_captured(step)
+
+    def run(self, step: Step) -> Tensor:
+        """Run a step that fits, whose tables were replayed. Returns its logits [rows, V], until the next run."""
+        num_rows = len(step.rows)
+        size = next(size for size in self.sizes if size >= num_rows)
+        batch = np.zeros((4, size), np.int64)
+        batch[0] = self._inputs.padded_row
+        for i, row in enumerate(step.rows):
+            (token,) = row.token_ids
+            batch[:, i] = row.row, row.end, token or 0, token is not None
+        self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
+        self._graphs[size].replay()
+        return self._logits[size][:num_rows]
+
+    def _run_batch(self, size: int) -> Tensor:
+        """The forward pass over the first rows of the batch: [size, V]."""
+        rows, seq_lens, given, known = self._batch[:, :size]
+        token_ids = torch.where(known > 0, given, self._last_token_ids[rows])
+        positions = (seq_lens - 1).clamp(min=0)
+        unused = self._batch[0]  # there are no prompts
+        inputs = FlexInputs(
+            slot_mapping=self._inputs.slots(rows, positions),
+            plans=self._inputs.decode_plans(rows, seq_lens.int()),
+            host=torch.tensor([size, 0]),
+            block_tables=self._inputs.block_tables,
+            prompt_slots=unused,
+            query_start_loc=unused[:2].int(),
+            key_start_loc=unused[:2].int(),
+        )
+        return self._forward(token_ids, positions, inputs)

@@ -1,0 +1,177 @@
+"""What the attention layers of the flex form get: where to write, and who reads which blocks, on the device.
+
+Block tables live on the device here, one row for each sequence, and a Step brings only what changed. From them and the
+lengths, everything that FlexAttention wants is computed on the device, once for each step and kind of window, not once
+for each layer.
+
+Compiled layers see tensors whose shapes do not tell how many sequences of which kind a step has: one graph of a layer
+serves every step. What the host knows (how many decodes, which prompts) goes along in a tensor in host memory, which an
+operation that the compiler does not look into reads without waiting for the device.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paged.attention.dense import PromptLengths
+from paged.attention.flex import DecodePlan, num_splits_for, plan_decode
+from paged.blocks import NULL_BLOCK, blocks_for
+from paged.step import RowPlan, Step
+from paged.transfer import to_device
+
+
+class FlexInputs(NamedTuple):
+    """What every attention layer gets, of T tokens: those of B decodes first, then those of the prompts.
+
+    Attributes:
+        slot_mapping: [T] int64.
+        plans: for each kind of window, what the decodes read.
+        host: in host memory, int64: the number of decodes, the number of prompts, then three numbers for each of these:
+            its row, the tokens computed now, the tokens seen by the last of them.
+        block_tables: [rows + 1, M] int32.
+        prompt_slots: [K] int64, the slots of all that the prompts see, one prompt after another.
+        query_start_loc, key_start_loc: [prompts + 1] int32, where each prompt's queries and keys begin.
+    """
+
+    slot_mapping: Tensor
+    plans: dict[int | None, DecodePlan]
+    host: Tensor
+    block_tables: Tensor
+    prompt_slots: Tensor
+    query_start_loc: Tensor
+    key_start_loc: Tensor
+
+
+class Prompt(NamedTuple):
+    """A prompt of a step, as the host knows it."""
+
+    row: int
+    lengths: PromptLengths
+
+
+def read_host(host: Tensor) -> tuple[int, list[Prompt]]:
+    """The number of decodes and the prompts of a step, from `FlexInputs.host`."""
+    num_decodes, num_prompts, *numbers = host.tolist()
+    prompts = [Prompt(row, PromptLengths(*lengths)) for row, *lengths in zip(*[iter(numbers)] * 3, strict=True)]
+    return num_decodes, prompts[:num_prompts]
+
+
+class FlexInputsBuilder:
+    """Block tables on the device, and what attention layers get of them.
+
+    Args:
+        max_num_seqs: R, the persistent rows.
+        max_model_len: tokens of the longest sequence.
+        block_size: P.
+        num_kv_heads: most KV heads of a layer.
+        windows: the kinds of window that the model's layers have.
+        device: where the tables are.
+
+    Attributes:
+        block_tables: [R + 1, M] int32. The last row is that of padded decodes; it begins with the trash block.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        num_kv_heads: int,
+        windows: Iterable[int | None],
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self._windows = sorted(set(windows), key=lambda window: window or 0)
+        self._num_kv_heads = num_kv_heads
+        self._device = device
+        shape = (max_num_seqs + 1, blocks_for(max_model_len, block_size))
+        self.block_tables = torch.full(shape, NULL_BLOCK, dtype=torch.int32, device=device)
+        self._multiprocessors = 1
+        if device.type == "cuda":
+            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    @property
+    def padded_row(self) -> int:
+        """The row of padded decodes."""
+        return len(self.block_tables) - 1
+
+    def set_trash_block(self, block: int) -> None:
+        """Say where padded decodes write: the pool's last block."""
+        self.block_tables[self.padded_row, 0] = block
+
+    def replay(self, step: Step) -> None:
+        """Bring the tables up to date. Rows keep what their last sequence left: its lengths say what is in use."""
+        changes = [(row.row, row.table_change) for row in step.rows if row.table_change is not None]
+        if not changes:
+            return
+        counts = [len(change.blocks) for _, change in changes]
+        rows = np.repeat([row for row, _ in changes], counts)
+        columns = np.concatenate(
+            [np.arange(change.first_index, change.first_index + len(change.blocks)) for _, change in changes]
+        )
+        blocks = np.concatenate([np.array(change.blocks, np.int64) for _, change in changes])
+        packed = to_device(np.stack([rows, columns, blocks]).astype(np.int64), self._device)
+        self.block_tables[packed[0], packed[1]] = packed[2].int()
+
+    def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """The slots of tokens; rows and positions [T] int64 -> [T] int64."""
+        blocks = self.block_tables[rows, positions // self.block_size]
+        return blocks.long() * self.block_size + positions % self.block_size
+
+    def decode_plans(self, rows: Tensor, seq_lens: Tensor) -> dict[int | None, DecodePlan]:
+        """What B decodes read, for each kind of window; rows [B] int64 and seq_lens [B] int32, on the device."""
+        tables = self.block_tables[rows]
+        num_splits = num_splits_for(len(rows), self._num_kv_heads, tables.shape[1], self._multiprocessors)
+        return {
+            window: plan_decode(tables, seq_lens, block_size=self.block_size, window=window, num_splits=num_splits)
+            for window in self._windows
+        }
+
+    def build(self, step: Step, slot_mapping: Tensor) -> FlexInputs:
+        """What the layers get in a step whose tables were replayed.
+
+        Args:
+            step: the step, rows with a single token first.
+            slot_mapping: [T] int64, its slots.
+        """
+        decodes, prompts = step.rows[: step.num_single], step.rows[step.num_single :]
+        # Sizes 0 and 1 would make graphs of their own, so nothing is ever shorter than 2.
+        padding = max(0, 2 - len(decodes))
+        rows = [row.row for row in decodes] + [self.padded_row] * padding
+        seq_lens = [row.end for row in decodes] + [0] * padding
+        packed = to_device(np.array([rows, seq_lens], np.int64), self._device)
+        host = [len(decodes), len(prompts)]
+        for row in prompts:
+            host += [row.row, len(row.token_ids), row.end]
+        slots, query_starts, key_starts = self._prompts(prompts)
+        return FlexInputs(
+            slot_mapping,
+            self.decode_plans(packed[0], packed[1].int()),
+            torch.tensor(host),
+            self.block_tables,
+            slots,
+            query_starts,
+            key_starts,
+        )
+
+    def _prompts(self, prompts: tuple[RowPlan, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots of all that prompts see, and where queries and keys begin."""
+        query_lens, seq_lens = (
+            np.array(x, np.int64) for x in ([len(p.token_ids) for p in prompts], [p.end for p in prompts])
+        )
+        starts = np.zeros((2, max(2, len(prompts) + 1)), np.int64)
+        starts[0, 1 : len(prompts) + 1], starts[1, 1 : len(prompts) + 1] = query_lens.cumsum(), seq_lens.cumsum()
+        if len(prompts) == 0:
+            slots = torch.zeros(2, dtype=torch.int64, device=self._device)
+        else:
+            owners = np.repeat(np.arange(len(prompts)), seq_lens)
+            rows = np.array([p.row for p in prompts])[owners]
+            positions = np.arange(len(owners)) - starts[1][owners]
+            packed = to_device(np.stack([rows, positions]), self._device)
+            slots = self.slots(packed[0], packed[1])
+        starts_here = to_device(starts, self._device).int()
+        return slots, starts_here[0].contiguous(), starts_here[1].contiguous()
