@@ -280,16 +280,28 @@ def attend_decode(
     Returns:
         out [B, Hq, Dv], lse [B, Hq] float32; on a CPU lse is None.
     """
+    batch, num_heads, head_dim = query.shape
+    num_rows, num_kv_heads, value_dim = len(plan.seq_lens), key_cache.shape[2], value_cache.shape[3]
+    num_splits = num_rows // batch
+    # The heads of a group are the queries of a tile, so each key is read once for all of them.
+    rows = query.reshape(batch, 1, num_kv_heads, -1, head_dim)
+    rows = rows.expand(-1, num_splits, -1, -1, -1).reshape(num_rows, num_kv_heads, -1, head_dim)
     if query.device.type == "cpu":
         plan = plan._replace(**_with_pool_columns(plan._asdict(), len(key_cache)))
     else:
-        _mark_dynamic((key_cache, value_cache, *plan), 0)
-        _mark_dynamic((plan.full_blocks, plan.partial_blocks), 3)
-    # The heads of a group are the queries of a tile, so each key is read once for all of them.
-    query = query.reshape(len(query), key_cache.shape[2], -1, query.shape[2])
-    _mark_dynamic((query,), 0)
-    arguments = (query, key_cache, value_cache, plan, scale, window, softcap, alibi_slopes, logical_index)
-    return _decode(*arguments) if torch.compiler.is_compiling() else _run(_compiled_decode, arguments)
+        _mark_sizes((rows, key_cache, value_cache, *plan[4:]), (0,))
+        _mark_sizes(plan[:4], (0, 3))
+    pace = _pace(num_rows * num_kv_heads, num_splits)
+    out, lse = _run(
+        _compiled_decode, rows, key_cache, value_cache, plan, scale, window, softcap, alibi_slopes, logical_index, pace
+    )
+    if lse is None:
+        return out.reshape(batch, num_heads, value_dim), None
+    if num_splits == 1:
+        return out.reshape(batch, num_heads, value_dim), lse.reshape(batch, num_heads)
+    outs, lses = out.reshape(batch, num_splits, num_heads, value_dim), lse.reshape(batch, num_splits, num_heads)
+    _mark_sizes((outs, lses), (0,))
+    return _run(_compiled_merge, outs, lses)
 
 
 def attend_chunks(
@@ -323,23 +335,11 @@ def attend_chunks(
     if query.device.type == "cpu":
         counts_and_blocks = tuple(_with_pool_columns(dict(enumerate(counts_and_blocks)), len(key_cache)).values())
     else:
-        _mark_dynamic((query, positions, *counts_and_blocks, key_cache, value_cache, logical_index), 0)
-        _mark_dynamic((query, positions), 1)
-        _mark_dynamic(counts_and_blocks, 2)
-        _mark_dynamic(counts_and_blocks[1::2], 3)
-    arguments = (
-        query,
-        key_cache,
-        value_cache,
-        counts_and_blocks,
-        positions,
-        logical_index,
-        scale,
-        window,
-        softcap,
-        alibi_slopes,
-    )
-    return _chunks(*arguments) if torch.compiler.is_compiling() else _run(_compiled_chunks, arguments)
+        _mark_sizes((key_cache, value_cache, logical_index), (0,))
+        _mark_sizes((query, positions), (0, 1))
+        _mark_sizes(counts_and_blocks, (0, 2, 3))
+    wishes = scale, window, softcap, alibi_slopes
+    return _run(_compiled_chunks, query, key_cache, value_cache, counts_and_blocks, positions, logical_index, *wishes)
 
 
 def plan_chunks(
@@ -450,8 +450,8 @@ def check_limits(
         raise ValueError("the flex form reads no quantised cache; use the gathered or fused form")
     if query.device.type == "cpu" and (sinks is not None or (num_splits or 1) > 1):
         raise ValueError(
-            "on a CPU FlexAttention gives no log-sum-exp, so there are no sinks and no splits in the flex form; use the "
-            "gathered or fused form"
+            "on a CPU FlexAttention gives no log-sum-exp, so there are no sinks and no splits in the flex form; use "
+            "the gathered or fused form"
         )
 
 
@@ -461,19 +461,31 @@ def _splits_here(batch: int, num_kv_heads: int, num_blocks: int, device: torch.d
     )
 
 
-def _kernel_options(cache: Tensor, value_dim: int, tile: int) -> dict[str, Any]:
-    """How the Triton kernel is cut; measured on an H200 (docs/performance.md)."""
-    block_size, itemsize = cache.shape[1], cache.dtype.itemsize
-    keys = min(block_size, 64)  # read at a time
-    per_stage = keys * (cache.shape[3] + value_dim) * itemsize
-    # A decode has little to compute, so one warp is enough, and many loads have to be under way.
-    stages = max(1, min(5 if tile <= 32 else 3, 160 * 1024 // per_stage - 1))
-    warps = 1 if tile <= 16 and per_stage <= 16 * 1024 else 4
+def _pace(num_programs: int, num_splits: int) -> tuple[int, int]:
+    """Warps of a program, and blocks it loads ahead, as measured on an H200 for blocks of 16 (docs/performance.md).
+
+    A decode has little to compute, so one warp is enough; what counts is how many loads are under way. With very many
+    programs the chip is full of them and each needs fewer.
+    """
+    if num_programs > 1024:
+        return 2, 3
+    return (1, 4) if num_splits == 1 else (1, 3)
+
+
+def _kernel_options(cache: Tensor, value_dim: int, tile: int, pace: tuple[int, int]) -> dict[str, Any]:
+    """How the Triton kernel is cut."""
+    warps, stages = pace
+    keys = min(cache.shape[1], 64)  # read at a time
+    bytes_ahead = keys * (cache.shape[3] + value_dim) * cache.dtype.itemsize
+    while keys > SMALLEST and bytes_ahead > 64 * 1024:
+        keys, bytes_ahead = keys // 2, bytes_ahead // 2
+    if bytes_ahead > 8 * 1024:  # more than a block of 16 tokens of 128 in half precision
+        warps, stages = max(warps, 2 if bytes_ahead <= 16 * 1024 else 4), 3
     return {
         "BACKEND": "TRITON",
         "BLOCK_M": tile,
         "BLOCK_N": keys,
-        "num_stages": stages,
+        "num_stages": max(1, min(stages, 160 * 1024 // bytes_ahead)),
         "num_warps": warps,
         "FLOAT32_PRECISION": "'ieee'",
     }
@@ -489,12 +501,10 @@ def _decode(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     logical_index: Tensor | None,
+    pace: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None]:
-    batch, num_kv_heads, group, head_dim = query.shape
-    block_size, value_dim = value_cache.shape[1], value_cache.shape[3]
-    num_rows, num_heads = plan.seq_lens.shape[0], num_kv_heads * group
-    num_splits = num_rows // batch
-    tile = max(16, 1 << (group - 1).bit_length())
+    """Rows of a plan: query [R, Hkv, G, D] -> out [R, Hkv, G, Dv], lse [R, Hkv, G]."""
+    block_size, group = key_cache.shape[1], query.shape[2]
 
     def mask(row: Tensor, _head: Tensor, _query: Tensor, slot: Tensor) -> Tensor:
         # Only the first and the last block that are seen get here, and which of them it is tells the slot's position.
@@ -514,21 +524,17 @@ def _decode(
             score = score + alibi_slopes[head, member] * (position - plan.seq_lens[row] + 1)
         return score
 
-    rows = query[:, None].expand(batch, num_splits, num_kv_heads, group, head_dim)
-    out, lse = _flex(
-        rows.reshape(num_rows, num_kv_heads, group, head_dim),
+    return _flex(
+        query,
         key_cache,
         value_cache,
         (plan.full_counts, plan.full_blocks, plan.partial_counts, plan.partial_blocks),
         short_mask if window is None else mask,
         score if softcap is not None or alibi_slopes is not None else None,
         scale,
-        tile,
+        max(SMALLEST, 1 << (group - 1).bit_length()),
+        pace,
     )
-    if lse is None:
-        return out.reshape(batch, num_heads, value_dim), None
-    outs, lses = out.reshape(batch, num_splits, num_heads, value_dim), lse.reshape(batch, num_splits, num_heads)
-    return (outs[:, 0], lses[:, 0]) if num_splits == 1 else merge_parts(outs, lses)
 
 
 def _chunks(
@@ -568,6 +574,7 @@ def _chunks(
         score if softcap is not None or alibi_slopes is not None else None,
         scale,
         CHUNK_TILE,
+        (4, 3),
     )
     return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
@@ -581,12 +588,13 @@ def _flex(
     score: Callable[..., Tensor] | None,
     scale: float,
     tile: int,
+    pace: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None]:
     """FlexAttention over lists of blocks; query [R, H, Q, D] -> out [R, H, Q, Dv] and lse [R, H, Q], None on a CPU."""
     if not torch.compiler.is_compiling():
         raise RuntimeError(
-            "FlexAttention was about to run eagerly, where it ignores the lists of blocks and attends to the whole pool; "
-            "torch.compile must not be disabled for the flex form: use attention_form='gathered' instead"
+            "FlexAttention was about to run eagerly, where it ignores the lists of blocks and attends to the whole "
+            "pool; torch.compile must not be disabled for the flex form: use attention_form='gathered' instead"
         )
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
     full_counts, full_blocks, partial_counts, partial_blocks = counts_and_blocks
@@ -603,7 +611,8 @@ def _flex(
     )
     # [N, P, Hkv, D] as [1, Hkv, N * P, D]: a view, for whose strides the kernel does not care.
     keys, values = (cache.flatten(0, 1)[None].transpose(1, 2) for cache in (key_cache, value_cache))
-    options = _kernel_options(key_cache, value_cache.shape[3], tile)
+    torch._check(value_cache.shape[0] == num_blocks)
+    options = _kernel_options(key_cache, value_cache.shape[3], tile, pace)
     result = flex_attention(
         query,
         keys,
@@ -618,10 +627,17 @@ def _flex(
     return (result, None) if on_cpu else (result[0], result[1])
 
 
-def _mark_dynamic(tensors: Iterable[Tensor], dim: int) -> None:
-    """Say that a size will change, so that one graph serves all of them (but 1, which always has its own)."""
+def _mark_sizes(tensors: Iterable[Tensor], changing: tuple[int, ...]) -> None:
+    """Tell the compiler which sizes change, so that one graph serves all of them (but 1, which always has its own).
+
+    The others are fixed: where it has seen two of them it must not make a graph for any, since the kernel needs numbers.
+    """
     for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        for dim in range(tensor.dim()):
+            if dim in changing:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            else:
+                torch._dynamo.mark_static(tensor, dim)
 
 
 def _with_pool_columns(tensors: dict[Any, Tensor], num_blocks: int) -> dict[Any, Tensor]:
@@ -632,11 +648,13 @@ def _with_pool_columns(tensors: dict[Any, Tensor], num_blocks: int) -> dict[Any,
     }
 
 
-_compiled_decode = torch.compile(_decode, fullgraph=True, options={"split_reductions": False})
+_compiled_decode = torch.compile(_decode, fullgraph=True)
+# One kernel, not two: parts are few, and starting a kernel takes longer than going through them.
+_compiled_merge = torch.compile(merge_parts, fullgraph=True, options={"split_reductions": False})
 _compiled_chunks = torch.compile(_chunks, fullgraph=True)
 
 
-def _run(compiled: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+def _run(compiled: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None]:
     # Head shapes, block sizes and features each make a graph of their own.
     with torch._dynamo.config.patch(recompile_limit=256):
         result: tuple[Tensor, Tensor | None] = compiled(*arguments)
