@@ -8,8 +8,8 @@ of its rows:
     k_proj.weight  [4, 8] | rows 0-12, 12-16 and 16-20 of one weight [20, 8]; x @ weight.T is [1, T, 20]
     v_proj.weight  [4, 8] |
 
-The projection that is called first computes the product, each takes its columns, and the last lets go of it. transformers'
-modules call their projections as ever and know nothing of it. In a compiled layer the passing on is gone once the
+The projection that is called first computes the product, each takes its columns, and the last lets go of it. The
+model's code calls its projections as ever and knows nothing of it. In a compiled layer the passing on is gone once the
 compiler has traced it: what is left is one product and its slices.
 
 Numbers: a column of the product is the sum of the same terms as before, but a library may add them in another order for
@@ -18,7 +18,7 @@ a longer matrix. So tokens and state_dict stay, and values agree within rounding
 """
 
 from collections import Counter, defaultdict
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,12 +53,12 @@ class SharedProduct(nn.Module):
         self.output: Tensor | None = None
 
 
-def _lay_together(parameters: list[nn.Parameter]) -> Tensor:
+def _lay_together(parameters: Sequence[Tensor]) -> Tensor:
     """Move parameters into one new tensor, along the first axis. Each one's own memory is free as soon as it moved."""
     first = parameters[0]
     rows = [parameter.shape[0] for parameter in parameters]
     together = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=first.device)
-    for parameter, place in zip(parameters, together.split(rows), strict=True):
+    for parameter, place in zip(parameters, torch.split(together, rows), strict=True):
         place.copy_(parameter.data)
         parameter.data = place
     return together
@@ -82,13 +82,13 @@ class Projection(nn.Linear):
         self.is_first, self.is_last = is_first, is_last
         self.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], a view of the product."""
         product = self.product
         # The first one never trusts what it finds: a pass that broke off may have left its product behind, of a tensor
         # that has been filled anew since. The others look whether it is theirs, so that no order of calls is wrong.
-        if self.is_first or product.input is not x:
-            product.input, product.output = x, F.linear(x, product.weight, product.bias)
+        if self.is_first or product.input is not input:
+            product.input, product.output = input, F.linear(input, product.weight, product.bias)
         assert product.output is not None, "set together with the input"
         part = product.output[..., self.start : self.end]
         if self.is_last:
@@ -96,6 +96,8 @@ class Projection(nn.Linear):
         return part
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode have no versions
+@torch.no_grad()
 def fuse_projections(model: PreTrainedModel) -> int:
     """Compute projections of the same input in one product, wherever the model has them.
 
@@ -110,24 +112,21 @@ def fuse_projections(model: PreTrainedModel) -> int:
         fused weights, as Phi-3.
     """
     saved = 0
-    for parent, names in _projections_of_one_input(model):
-        linears = [parent.get_submodule(name) for name in names]
-        product = SharedProduct(linears)
-        ends = list(accumulate(linear.out_features for linear in linears))
-        for name, linear, end in zip(names, linears, ends, strict=True):
-            start = end - linear.out_features
-            projection = Projection(linear, product, start, is_first=start == 0, is_last=end == ends[-1])
-            setattr(parent, name, projection)
-        saved += len(names) - 1
+    for parent, linears in _projections_of_one_input(model):
+        product = SharedProduct(list(linears.values()))
+        last, start = list(linears)[-1], 0
+        for name, linear in linears.items():
+            setattr(parent, name, Projection(linear, product, start, is_first=start == 0, is_last=name == last))
+            start += linear.out_features
+        saved += len(linears) - 1
     return saved
 
 
-@torch.no_grad()
-def _projections_of_one_input(model: PreTrainedModel) -> list[tuple[nn.Module, list[str]]]:
+def _projections_of_one_input(model: PreTrainedModel) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
     """Ask the model itself which children of one module read the same tensor: run a token, and take notes.
 
     Returns:
-        Modules with the names of such children, two or more, in the order in which they were called.
+        Modules with such children, two or more, by name and in the order in which they were called.
     """
     parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     fit = _fit_to_move(model)
@@ -135,7 +134,7 @@ def _projections_of_one_input(model: PreTrainedModel) -> list[tuple[nn.Module, l
 
     def note(linear: nn.Linear, arguments: tuple[Any, ...]) -> None:
         if arguments:  # not handed on by keyword
-            # With its version: a tensor that was changed in place is another input. (Inference mode counts none.)
+            # With its version: a tensor that was changed in place is another input.
             calls.append((linear, arguments[0], arguments[0]._version))
 
     hooks = [linear.register_forward_pre_hook(note) for linear in fit]
@@ -150,37 +149,35 @@ def _projections_of_one_input(model: PreTrainedModel) -> list[tuple[nn.Module, l
             hook.remove()
 
     times = Counter(linear for linear, _, _ in calls)
-    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], dict[str, nn.Linear]] = defaultdict(dict)
     for linear, x, version in calls:
         if times[linear] == 1:
             parent, name = parents[linear]
             weight = linear.weight
-            kind = (weight.shape[1], weight.dtype, weight.device, linear.bias is None)
-            groups[parent, id(x), version, *kind].append(name)  # `calls` keeps x, so no other has its id
-    return [(key[0], names) for key, names in groups.items() if len(names) > 1]
+            # `calls` keeps x, so no other tensor has its id.
+            key = (parent, id(x), version, weight.shape[1], weight.dtype, weight.device, linear.bias is None)
+            groups[key][name] = linear
+    return [(key[0], linears) for key, linears in groups.items() if len(linears) > 1]
 
 
 def _fit_to_move(model: PreTrainedModel) -> list[nn.Linear]:
-    """Linear layers that are nothing else: not quantised, not parametrised, not hooked, weights shared with none."""
-    owners = Counter(
-        tensor.untyped_storage().data_ptr()
-        for module in model.modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None
-    )
-    places = Counter(child for parent in model.modules() for child in parent.children())
+    """Linear layers whose weights can lie elsewhere without anybody noticing."""
+    modules = list(model.modules())
+    places = Counter(child for parent in modules for child in parent.children())
+    held = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
+    # A quantised weight may be a tensor class of its own, which has no storage to ask for; it is not moved.
+    plain = [tensor for tensor in held if type(tensor) in (Tensor, nn.Parameter)]
+    holders = Counter(tensor.untyped_storage().data_ptr() for tensor in plain)
+
+    def can_move(tensor: Tensor | None) -> bool:
+        return type(tensor) is nn.Parameter and holders[tensor.untyped_storage().data_ptr()] == 1
+
     return [
         module
-        for module in model.modules()
-        if type(module) is nn.Linear
+        for module in modules
+        if type(module) is nn.Linear  # a quantised or parametrised one is of another class
         and places[module] == 1
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and all(
-            type(tensor) is nn.Parameter and owners[tensor.untyped_storage().data_ptr()] == 1
-            for tensor in module._parameters.values()
-            if tensor is not None
-        )
-        and len(module._parameters) == 2
-        and module._parameters["weight"] is not None
+        and can_move(module.weight)
+        and (module.bias is None or can_move(module.bias))
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
     ]
