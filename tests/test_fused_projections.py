@@ -43,6 +43,10 @@ def test_logits_tokens_and_state_are_those_of_before(name):
     """Logits are bounded, not exact: a longer product may sum in another order. The weights are exact."""
     model = build(name, torch.float64)
     model.set_experts_implementation("eager")  # the others know no float64
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):  # zero until now
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
     before = logits_of(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     num_bytes = storage_bytes([*model.parameters(), *model.buffers()])
@@ -128,6 +132,8 @@ class Pair(nn.Module):
             self.two.weight.data = self.one.weight.data[:]
         if kind == "a weight that another module has":
             self.other = nn.Embedding.from_pretrained(self.one.weight.data)
+        if kind == "a weight that is a buffer elsewhere":
+            self.register_buffer("other", self.one.weight.data)
         if kind == "parametrised":
             nn.utils.parametrizations.weight_norm(self.one)
         if kind == "hooked":
@@ -156,6 +162,7 @@ NOT_FUSED = (
     "one weight",
     "weights of one storage",
     "a weight that another module has",
+    "a weight that is a buffer elsewhere",
     "parametrised",
     "hooked",
     "another class",

@@ -153,17 +153,14 @@ def _projections_of_one_input(model: PreTrainedModel) -> list[tuple[nn.Module, d
     for linear, x, version in calls:
         if times[linear] == 1:
             parent, name = parents[linear]
-            weight = linear.weight
-            # `calls` keeps x, so no other tensor has its id.
-            key = (parent, id(x), version, weight.shape[1], weight.dtype, weight.device, linear.bias is None)
-            groups[key][name] = linear
+            # `calls` keeps x, so no other tensor has its id. One input means one width, dtype and device.
+            groups[parent, id(x), version, linear.bias is None][name] = linear
     return [(key[0], linears) for key, linears in groups.items() if len(linears) > 1]
 
 
 def _fit_to_move(model: PreTrainedModel) -> list[nn.Linear]:
     """Linear layers whose weights can lie elsewhere without anybody noticing."""
     modules = list(model.modules())
-    places = Counter(child for parent in modules for child in parent.children())
     held = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
     # A quantised weight may be a tensor class of its own, which has no storage to ask for; it is not moved.
     plain = [tensor for tensor in held if type(tensor) in (Tensor, nn.Parameter)]
@@ -176,7 +173,6 @@ def _fit_to_move(model: PreTrainedModel) -> list[nn.Linear]:
         module
         for module in modules
         if type(module) is nn.Linear  # a quantised or parametrised one is of another class
-        and places[module] == 1
         and can_move(module.weight)
         and (module.bias is None or can_move(module.bias))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
