@@ -21,6 +21,7 @@ from paged.kv_pool import (
 from paged.model.calibration import calibrate
 from paged.model.decode_graphs import DecodeGraphs, capture_sizes
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
+from paged.model.fused_projections import fuse_projections
 from paged.model.loading import LoadedModel
 from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
 from paged.model.paged_attention import AttentionCall, find_attention
@@ -122,6 +123,7 @@ class ModelRunner:
             calibrate(loaded)
         self._model.set_attn_implementation(f"paged_{self.attention_form}")
         if not self._eager:
+            fuse_projections(self._model)
             self._compile_layers()
         self._builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
