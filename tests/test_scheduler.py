@@ -674,6 +674,23 @@ def test_who_finds_no_block_behind_a_step_in_flight_is_left_out_once():
     assert s.num_recomputed_tokens == 6
 
 
+def test_nobody_is_admitted_beside_somebody_who_found_no_blocks_behind_a_step_in_flight():
+    """Six usable blocks of two: the samples of "b" need two more at once, and one is left, enough for "c"."""
+    s = scheduler(num_blocks=8, block_size=2, spare_blocks_per_seq=0)
+    params = SamplingParams(max_tokens=5, n=2)
+    s.add(Request("b", range(4), params, block_table=s.new_block_table(), seed=0, max_tokens=5))
+    s.update(s.schedule(), [1, 1])
+    second = s.schedule()
+    s.add(request(s, "a", 1))
+    third = s.schedule_ahead(second)
+    assert planned(third) == [("a", 0, 1), ("b", 5, 6), ("b", 5, 6)]
+    s.update(second, [2, 2])
+    s.add(request(s, "c", 1))
+    assert s.pool.num_free == 1
+    assert s.schedule_ahead(third) is None
+    assert [r.request_id for r in s.waiting] == ["c"]
+
+
 def test_nothing_can_be_found_of_a_step_that_failed_after_the_next_was_planned():
     s = scheduler(enable_prefix_caching=True)
     s.add(request(s, "a", 8))
