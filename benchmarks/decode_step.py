@@ -85,7 +85,7 @@ def plan(batch: int, context: int, steps: int, budget: int) -> Plan:
     Prompts are computed some steps apart, and who comes first decodes meanwhile: half of that is the mean lead.
 
     >>> plan(batch=1, context=100, steps=20, budget=4096)
-    Plan(prompt_tokens=80, max_tokens=48)
+    Plan(prompt_tokens=81, max_tokens=48)
     """
     prefill_steps = -(-batch * context // max(1, budget - batch))
     prompt = max(1, context - prefill_steps // 2 - WARM_UP - steps // 2 - PROFILED_STEPS // 2)
