@@ -27,9 +27,10 @@ docs: .venv/docs
 
 # That every benchmark runs, on tiny shapes on the CPU; the figures mean nothing.
 benchmarks-smoke: .venv/test
-	mkdir -p build/benchmarks
-	for name in attention decode_step throughput sweeps start_up; do \
-		$(BIN)/python benchmarks/$$name.py --smoke --device cpu --output build/benchmarks/$$name.json || exit 1; \
+	for name in attention "attention --prefill" "decode_step --profile" throughput "throughput --samples" sweeps \
+			"sweeps --only block-size" start_up; do \
+		set -- $$name; script=$$1; shift; \
+		$(BIN)/python benchmarks/$$script.py --smoke --device cpu "$$@" || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py --results build/benchmarks
 

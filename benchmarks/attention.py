@@ -29,6 +29,7 @@ from common import (
     markdown,
     module_if_there,
     new_figure,
+    output_file,
     per_cent,
     publish,
     time_calls,
@@ -330,15 +331,12 @@ def plot(result: Result) -> Figure:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, "attention")
+    add_arguments(parser)
     parser.add_argument("--prefill", action="store_true", help="chunks of prompts instead of decodes")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="default: all that there are")
     parser.add_argument("--repeats", type=int, default=20, help="measurements of which the median counts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.prefill and arguments.output.name == "attention.json":
-        arguments.output = arguments.output.with_name("attention_prefill.json")
-
     device = arguments.device
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     if arguments.smoke:
@@ -365,7 +363,8 @@ def main() -> None:
         "copy_bandwidth": bandwidth,
         "rows": rows,
     }
-    publish(result, tables(result), plot(result), arguments.output)
+    output = output_file(arguments, "attention_prefill" if arguments.prefill else "attention")
+    publish(result, tables(result), plot(result), output)
 
 
 if __name__ == "__main__":

@@ -450,18 +450,29 @@ def new_figure(result: Result, title: str, *, panels: int = 1, height: float = 4
     return figure, list(axes)
 
 
-def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every benchmark has."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs; figures mean nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON; the plot lies beside it")
+    parser.add_argument("--output", type=Path, help="JSON, the plot beside it; default: benchmarks/results/")
+
+
+def output_file(arguments: argparse.Namespace, name: str) -> Path:
+    """Where the result goes: what was asked for, or its place; figures that mean nothing never overwrite others."""
+    folder = ROOT / "build" / "benchmarks" if arguments.smoke else RESULTS
+    return arguments.output or folder / f"{name}.json"
+
+
+def save(result: Result, output: Path) -> None:
+    """Write the JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def publish(result: Result, table: str, figure: Figure, output: Path) -> None:
     """Print the table, write the JSON and, beside it, the picture."""
     print(f"\n{table}\n\n{describe(result['environment'])}\n{result['environment']['command']}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, output)
     figure.savefig(output.with_suffix(".png"))
     print(f"written: {output.name}, {output.with_suffix('.png').name}")
 

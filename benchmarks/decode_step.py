@@ -38,6 +38,7 @@ from common import (
     load_engine,
     markdown,
     new_figure,
+    output_file,
     peak_memory,
     per_cent,
     publish,
@@ -125,6 +126,10 @@ def measure(
         engine.add_request(name, [rng.randrange(shape.vocab) for _ in range(lengths.prompt_tokens)], params)
     while not all_decode(engine, batch):
         engine.step()
+        if not engine.has_unfinished_requests:
+            raise RuntimeError(
+                f"{batch} requests never ran at once; the pool is too small, or a step failed (see the log)"
+            )
     for _ in range(WARM_UP):
         engine.step()
     synchronize(device)
@@ -286,7 +291,7 @@ def plot(result: Result) -> Figure:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, "decode_step")
+    add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-3-8b", "qwen3-0.6b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=1024, help="mean tokens of context in the timed steps")
@@ -348,7 +353,7 @@ def main() -> None:
         "copy_bandwidth": bandwidth,
         "rows": rows,
     }
-    publish(result, tables(result), plot(result), arguments.output)
+    publish(result, tables(result), plot(result), output_file(arguments, "decode_step"))
 
 
 if __name__ == "__main__":

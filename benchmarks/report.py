@@ -43,7 +43,11 @@ FIGURES = {
     "attention-prefill": Source("attention_prefill", attention.tables, "attention.py --prefill"),
     "decode-step": Source("decode_step", decode_step.tables, "decode_step.py --profile"),
     "throughput": Source("throughput", throughput.tables, f"throughput.py {TRACE} --baselines ..."),
-    "throughput-sharegpt": Source("throughput_sharegpt", throughput.tables, "throughput.py --lengths ..."),
+    "throughput-lengths": Source(
+        "throughput_lengths",
+        throughput.tables,
+        "throughput.py --lengths sharegpt_8k_filtered_stats_llama2_tokenizer.csv",
+    ),
     "samples": Source("samples", throughput.tables, "throughput.py --samples"),
     "sweep-memory": Source("sweep_memory", sweeps.tables, f"sweeps.py --only memory {TRACE}"),
     "sweep-block-size": Source("sweep_block_size", sweeps.tables, f"sweeps.py --only block-size {TRACE}"),

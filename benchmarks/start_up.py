@@ -27,6 +27,7 @@ from common import (  # noqa: E402 (importing is what is timed)
     load_engine,
     markdown,
     new_figure,
+    output_file,
     publish,
     run_in_new_process,
     synchronize,
@@ -60,7 +61,7 @@ def start(point: dict[str, Any]) -> dict[str, Any]:
     return {
         "import": IMPORTED - STARTED,
         "engine": ready - before,
-        "parts": {name: float(seconds) for name, seconds in parts.items()},
+        "parts": {name: float(seconds) for name, seconds in parts.items() if name not in ("import", "total")},
         "first_token": first - ready,
         "total": IMPORTED - STARTED + first - before,
     }
@@ -111,7 +112,7 @@ def plot(result: Result) -> Figure:
 def main() -> None:
     """Start each twice, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, "start_up")
+    add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-3-8b", "qwen3-0.6b"])
     parser.add_argument("--modes", nargs="+", choices=("compiled", "eager"), default=["compiled", "eager"])
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -152,7 +153,7 @@ def main() -> None:
         "settings": {"max_num_seqs": arguments.max_num_seqs, "max_model_len": arguments.max_model_len},
         "rows": rows,
     }
-    publish(result, tables(result), plot(result), arguments.output)
+    publish(result, tables(result), plot(result), output_file(arguments, "start_up"))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from common import (
     load_engine,
     markdown,
     new_figure,
+    output_file,
     peak_memory,
     per_cent,
     publish,
@@ -129,7 +130,7 @@ def points(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Start a process for each point, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, "sweeps")
+    add_arguments(parser)
     parser.add_argument("--only", choices=("memory", "block-size"), default="memory", help="which of the two")
     parser.add_argument("--trace", type=Path, help="as for throughput.py; without, lengths are synthetic")
     parser.add_argument("--model", choices=SHAPES, default="llama-3-8b")
@@ -147,8 +148,6 @@ def main() -> None:
     memory = arguments.only == "memory"
     if arguments.trace is not None and not arguments.trace.is_file():
         raise SystemExit(f"sweeps.py: no file {arguments.trace}; benchmarks/throughput.py says where it comes from")
-    if arguments.output.name == "sweeps.json":
-        arguments.output = arguments.output.with_name(f"sweep_{arguments.only.replace('-', '_')}.json")
     if arguments.smoke:
         arguments.model, arguments.requests, arguments.most_prompt, arguments.most_output = "tiny", 6, 40, 4
         arguments.max_num_seqs, arguments.utilizations, arguments.block_sizes = 4, [0.5], [16, 100000000]
@@ -174,7 +173,8 @@ def main() -> None:
         "settings": settings | {"only": arguments.only, "synthetic": trace is None},
         "rows": rows,
     }
-    publish(result, tables(result), plot(result), arguments.output)
+    output = output_file(arguments, "sweep_memory" if memory else "sweep_block_size")
+    publish(result, tables(result), plot(result), output)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ batch computes for rows that are done does not count.
 
 import argparse
 import csv
+import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,14 +53,15 @@ from common import (
     load_engine,
     markdown,
     new_figure,
+    output_file,
     peak_memory,
-    per_cent,
     publish,
+    save,
     synchronize,
     write_config,
 )
 from matplotlib.figure import Figure
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from paged import LLM, RequestOutputKind, SamplingParams
 from paged.config import EngineConfig
@@ -193,7 +195,6 @@ def serve_paged(llm: LLM, workload: Workload, *, most_wanted: int | None = None)
     lengths: dict[str, int] = {}
     live_shares: list[float] = []
     num_steps = most_running = 0
-    synchronize(str(engine.runner.caches[0][0].device))
     started = time.perf_counter()
     for i, request in enumerate(workload.requests):
         params = SamplingParams(
@@ -288,8 +289,6 @@ def serve_generate(model: PreTrainedModel, workload: Workload, size: int) -> dic
 @torch.no_grad()  # its loop runs in a thread of its own, which tensors of inference mode do not survive
 def serve_generate_batch(model: PreTrainedModel, workload: Workload, size: int) -> dict[str, Any]:
     """transformers' own paged continuous batching, every request with its own length; size 0 is its own choice."""
-    from transformers import ContinuousBatchingConfig  # noqa: PLC0415 (young, and only this baseline needs it)
-
     model.set_attn_implementation("sdpa")
     limits: dict[str, Any] = {"max_requests_per_batch": size or None}
     if model.device.type == "cpu":  # where it would take most of the host's memory
@@ -323,9 +322,8 @@ BASELINES: dict[str, Callable[[PreTrainedModel, Workload, int], dict[str, Any]]]
 }
 
 
-def run_paged(shape: ModelShape, workload: Workload, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_paged(shape: ModelShape, workload: Workload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of this engine: all requests for each max_num_seqs, and once those that the baselines get."""
-    rows = []
     longest = max(len(request.prompt) + request.wanted for request in workload.requests)
     for number, most in enumerate(arguments.max_num_seqs):
         free_memory(arguments.device)
@@ -347,20 +345,17 @@ def run_paged(shape: ModelShape, workload: Workload, arguments: argparse.Namespa
             counts.append(min(arguments.baseline_requests, len(workload.requests)))
         for count in counts:
             row = serve_paged(llm, workload.first(count))
-            rows.append(row | {"name": "paged", "size": most, "peak_memory": peak_memory(arguments.device)})
-            report(rows[-1])
+            yield row | {"name": "paged", "size": most, "peak_memory": peak_memory(arguments.device)}
         del llm
-    return rows
 
 
-def run_baselines(shape: ModelShape, workload: Workload, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_baselines(shape: ModelShape, workload: Workload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of the others, each with every size; what fails, for lack of memory as a rule, says so."""
     if not arguments.baselines:
-        return []
+        return
     left = free_memory(arguments.device)
     print(f"the engine is gone; {left / 2**30:.2f} GiB are still in use", flush=True)
     model = plain_model(shape, arguments.device, getattr(torch, arguments.dtype), arguments.seed)
-    rows = []
     for name in arguments.baselines:
         for size in arguments.sizes[name]:
             free_memory(arguments.device)
@@ -369,9 +364,7 @@ def run_baselines(shape: ModelShape, workload: Workload, arguments: argparse.Nam
                 row |= BASELINES[name](model, workload, size)
             except Exception as error:  # a size that does not fit must not end the others
                 row["error"] = first_line(error)
-            rows.append(row | {"peak_memory": peak_memory(arguments.device)})
-            report(rows[-1])
-    return rows
+            yield row | {"peak_memory": peak_memory(arguments.device)}
 
 
 def report(row: dict[str, Any]) -> None:
@@ -503,7 +496,7 @@ def course_table(result: Result) -> str | None:
         ],
         [
             "fragmentation: held slots without a live token, mean over steps",
-            per_cent(1 - naive["live_share"]),
+            f"{100 * (1 - naive['live_share']):.1f} %",
             None if paged["live_share"] is None else f"{100 * (1 - paged['live_share']):.1f} %",
         ],
         ["batching", "static: all wait for the longest", "continuous: a place is free when a request ends"],
@@ -534,7 +527,7 @@ def plot(result: Result) -> Figure:
 def parse() -> argparse.Namespace:
     """Flags, with what depends on others filled in."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, "throughput")
+    add_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", type=Path, help="Azure's trace, a CSV file with ContextTokens, GeneratedTokens")
     source.add_argument("--lengths", type=Path, help="a CSV file with num_prefill_tokens, num_decode_tokens")
@@ -556,8 +549,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.dtype = "bfloat16" if arguments.device.startswith("cuda") else "float32"
-    if arguments.samples and arguments.output.name == "throughput.json":
-        arguments.output = arguments.output.with_name("samples.json")
+    name = "samples" if arguments.samples else "throughput" if arguments.lengths is None else "throughput_lengths"
+    arguments.output = output_file(arguments, name)
     if arguments.smoke:
         arguments.model, arguments.requests, arguments.most_prompt, arguments.most_output = "tiny", 10, 60, 12
         arguments.max_num_seqs, arguments.baseline_requests, arguments.max_num_batched_tokens = [4, 8], 6, 256
@@ -617,8 +610,7 @@ def main() -> None:
             workload = workload_of(arguments)
         except ValueError as error:
             raise SystemExit(f"throughput.py: {error}") from error
-        rows = run_paged(shape, workload, arguments)
-        rows += run_baselines(shape, workload.first(arguments.baseline_requests), arguments)
+        rows: list[dict[str, Any]] = []
         result |= {
             "benchmark": "throughput",
             "workload": {
@@ -630,6 +622,12 @@ def main() -> None:
             },
             "rows": rows,
         }
+        paged = run_paged(shape, workload, arguments)
+        others = run_baselines(shape, workload.first(arguments.baseline_requests), arguments)
+        for row in itertools.chain(paged, others):
+            rows.append(row)
+            report(row)
+            save(result, arguments.output)  # the baselines take so long that a run may be cut short
     text = tables(result)
     course = None if arguments.samples else course_table(result)
     publish(result, f"{text}\n\n{course}" if course else text, plot(result), arguments.output)

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: workloads, floors, clocks, tables. Their figures need a GPU."""
 
+import argparse
 import csv
 import doctest
 import json
@@ -290,7 +291,7 @@ SAID = {
     ],
     ("course", "throughput"): [
         "| 2,560 slots for each row",
-        "mean over steps | 75 % | 3.0 % |",
+        "mean over steps | 75.0 % | 3.0 % |",
         "| most requests at once | 32 | 48 |",
         "| throughput, requests/s | 0.75 | 12.00 |",
     ],
@@ -370,6 +371,14 @@ def test_decode_steps_on_the_tiny_shape(tmp_path, monkeypatch, capsys):
         assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
     assert output.with_suffix(".png").stat().st_size > 1000
     assert decode_step.tables(result) in capsys.readouterr().out
+
+
+def test_figures_of_a_smoke_run_overwrite_no_result():
+    asked = argparse.Namespace(smoke=False, output=Path("here.json"))
+    assert common.output_file(asked, "x") == Path("here.json")
+    assert common.output_file(argparse.Namespace(smoke=False, output=None), "x") == common.RESULTS / "x.json"
+    smoke = common.output_file(argparse.Namespace(smoke=True, output=None), "x")
+    assert common.RESULTS not in smoke.parents
 
 
 def test_all_engines_serve_the_same_requests():
