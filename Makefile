@@ -5,7 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint docs constraints clean
+.PHONY: demo test test-slow lint docs benchmarks-smoke constraints clean
 
 demo: .venv/demo
 	$(BIN)/paged demo --plot paged-demo.png
@@ -24,6 +24,15 @@ lint: .venv/lint
 docs: .venv/docs
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs: built without warnings, open docs/_build/html/index.html"
+
+# That every benchmark runs, on tiny shapes on the CPU; the figures mean nothing.
+benchmarks-smoke: .venv/test
+	for name in attention "attention --prefill" "decode_step --profile" throughput "throughput --samples" sweeps \
+			"sweeps --only block-size" start_up; do \
+		set -- $$name; script=$$1; shift; \
+		$(BIN)/python benchmarks/$$script.py --smoke --device cpu "$$@" || exit 1; \
+	done
+	$(BIN)/python benchmarks/report.py --results build/benchmarks
 
 # A stamp for each extra, so that `make demo` does not wait for the linters.
 .venv/demo: EXTRA :=

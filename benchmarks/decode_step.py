@@ -1,0 +1,360 @@
+"""One decode step of the whole engine: milliseconds, and what share of them reading the bytes alone would take.
+
+    python benchmarks/decode_step.py
+    python benchmarks/decode_step.py --models llama-3-8b --batches 64 --profile
+
+`batch` requests are submitted; when all of them decode, `--steps` steps are timed by the host's clock with the device
+waited for at both ends. So planning, sampling, and handing tokens out are in it, as they are in a server. The floor is
+
+    (weights read + K and V of the live tokens) / bytes a second of a copy, measured in the same run
+
+where the embedding table counts with the rows that the batch names (all of it if it is the output projection too), and
+the context is the mean over the timed steps. Activations, written K and V and arithmetic are not in it: at large
+batches a step can be bound by arithmetic, and then no engine reaches the floor. The weights are random, the shapes
+real.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from common import (
+    SHAPES,
+    ModelShape,
+    Result,
+    add_arguments,
+    bars,
+    copy_bandwidth,
+    environment,
+    fixed,
+    floor_seconds,
+    free_memory,
+    gib,
+    load_engine,
+    markdown,
+    new_figure,
+    output_file,
+    peak_memory,
+    per_cent,
+    publish,
+    synchronize,
+)
+from matplotlib.figure import Figure
+
+from paged import LLM, Engine, RequestOutputKind, SamplingParams
+
+# Steps before the clock starts: whatever is compiled or captured on first use is so then.
+WARM_UP = 8
+PROFILED_STEPS = 3
+COUNTERS = ("num_steps", "num_overlapped_steps")
+
+# Kernels by what they are for; the first group with a word in the kernel's name takes it.
+KERNEL_GROUPS = {
+    "attention": ("flex", "attention", "flash", "fmha", "sdpa"),
+    "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "splitk", "matmul", "aten::mm", "aten::addmm"),
+    "copies between host and device": ("memcpy", "memset"),
+    "sampling": ("argmax", "reduce_kernel", "sort", "topk", "softmax", "cumsum", "scan"),
+    "gathers and scatters": ("index", "gather", "scatter"),
+    "compiled pointwise work and norms": ("triton",),
+    "other pointwise work": ("elementwise", "cat", "copy", "aten::"),
+}
+
+
+class Span(NamedTuple):
+    """One kernel: its name, and when it ran, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Plan(NamedTuple):
+    """How long prompts and answers are, so that the mean context of the timed steps is what was asked for."""
+
+    prompt_tokens: int
+    max_tokens: int
+
+
+def plan(batch: int, context: int, steps: int, budget: int) -> Plan:
+    """Lengths for a batch, given how many tokens a step may compute.
+
+    Prompts are computed some steps apart, and who comes first decodes meanwhile: half of that is the mean lead.
+
+    >>> plan(batch=1, context=100, steps=20, budget=4096)
+    Plan(prompt_tokens=81, max_tokens=48)
+    """
+    prefill_steps = -(-batch * context // max(1, budget - batch))
+    prompt = max(1, context - prefill_steps // 2 - WARM_UP - steps // 2 - PROFILED_STEPS // 2)
+    return Plan(prompt, 2 * prefill_steps + WARM_UP + steps + 4 * PROFILED_STEPS + 6)
+
+
+def live_tokens(engine: Engine) -> int:
+    """Tokens whose K and V the running sequences have in the pool."""
+    return sum(sequence.num_computed_tokens for request in engine.scheduler.running for sequence in request.sequences)
+
+
+def all_decode(engine: Engine, batch: int) -> bool:
+    """Whether every request has its prompt computed and is running."""
+    running = engine.scheduler.running
+    return len(running) == batch and all(
+        request.sequences[0].num_computed_tokens >= len(request.prompt_token_ids) for request in running
+    )
+
+
+def measure(
+    llm: LLM, shape: ModelShape, batch: int, *, context: int, steps: int, bandwidth: float, profile: bool, device: str
+) -> dict[str, Any]:
+    """One row: time, floor and counters of a batch in steady decode."""
+    engine = llm.engine
+    budget = engine.config.max_num_batched_tokens or 0
+    lengths = plan(batch, context, steps, budget)
+    rng = random.Random(batch)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=lengths.max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    names = [f"{batch}-{i}" for i in range(batch)]
+    for name in names:
+        engine.add_request(name, [rng.randrange(shape.vocab) for _ in range(lengths.prompt_tokens)], params)
+    while not all_decode(engine, batch):
+        engine.step()
+        if not engine.has_unfinished_requests:
+            raise RuntimeError(
+                f"{batch} requests never ran at once; the pool is too small, or a step failed (see the log)"
+            )
+    for _ in range(WARM_UP):
+        engine.step()
+    synchronize(device)
+
+    before = {name: getattr(engine, name, None) for name in COUNTERS}
+    tokens_before = live_tokens(engine)
+    marks = [time.perf_counter()]
+    for _ in range(steps):
+        engine.step()
+        marks.append(time.perf_counter())
+    synchronize(device)
+    seconds = (time.perf_counter() - marks[0]) / steps
+    assert all_decode(engine, batch), "somebody ended or was preempted while the clock ran; the pool may be too small"
+    mean_context = (tokens_before + live_tokens(engine)) / 2 / batch
+
+    itemsize = 2 if device.startswith("cuda") else 4
+    floor = floor_seconds(shape, batch=batch, context=mean_context, itemsize=itemsize, bytes_per_second=bandwidth)
+    row: dict[str, Any] = {
+        "model": shape.name,
+        "batch": batch,
+        "context": mean_context,
+        "steps": steps,
+        "seconds": seconds,
+        "median_seconds": statistics.median(after - mark for mark, after in itertools.pairwise(marks)),
+        "floor_seconds": floor,
+        "share_of_floor": floor / seconds,
+        "tokens_per_second": batch / seconds,
+    }
+    for name in COUNTERS:
+        row[name] = None if before[name] is None else getattr(engine, name) - before[name]
+    if profile:
+        row["profile"] = profiled(engine, device)
+    for name in names:
+        engine.abort_request(name)
+    return row
+
+
+def profiled(engine: Engine, device: str) -> dict[str, Any]:
+    """Where the device's time goes in a few steps, and how long it waits between kernels."""
+    on_gpu = device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    synchronize(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        started = time.perf_counter()
+        for _ in range(PROFILED_STEPS):
+            engine.step()
+        synchronize(device)
+        wall = time.perf_counter() - started
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    spans = [
+        Span(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == wanted and (on_gpu or not event.cpu_children) and not is_annotation(event)
+    ]
+    return summarise(spans, PROFILED_STEPS) | {"wall_ms": wall / PROFILED_STEPS * 1e3}
+
+
+def is_annotation(event: Any) -> bool:
+    """Whether an event only names a stretch of others, as torch.compile does for its graphs."""
+    marked = getattr(event, "is_user_annotation", False)
+    return marked or event.name.startswith(("##", "Torch-Compiled", "ProfilerStep"))
+
+
+def group_of(kernel: str) -> str:
+    """What a kernel is for, by its name.
+
+    >>> group_of("triton_tem_fused_flex_attention_0"), group_of("nvjet_tst_128x8_64x12"), group_of("unheard_of")
+    ('attention', 'matrix products', 'others')
+    """
+    name = kernel.lower()
+    return next((group for group, words in KERNEL_GROUPS.items() if any(word in name for word in words)), "others")
+
+
+def busy_microseconds(spans: Iterable[Span]) -> float:
+    """Time in which at least one kernel ran.
+
+    >>> busy_microseconds([Span("a", 0, 4), Span("b", 2, 5), Span("c", 7, 8)])
+    6.0
+    """
+    busy, end = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return busy
+
+
+def summarise(spans: list[Span], steps: int) -> dict[str, Any]:
+    """Milliseconds a step: the five largest groups, all kernels, and waiting between them under the profiler."""
+    groups: dict[str, float] = {}
+    for span in spans:
+        name = group_of(span.name)
+        groups[name] = groups.get(name, 0.0) + span.end - span.start
+    busy = busy_microseconds(spans)
+    window = max((span.end for span in spans), default=0.0) - min((span.start for span in spans), default=0.0)
+    largest = sorted(groups.items(), key=lambda group: -group[1])[:5]
+    return {
+        "groups_ms": {name: microseconds / steps / 1e3 for name, microseconds in largest},
+        "busy_ms": busy / steps / 1e3,
+        "idle_ms": (window - busy) / steps / 1e3,
+        "kernels": len(spans) / steps,
+    }
+
+
+def tables(result: Result) -> str:
+    """The steps, and below them the profiles if there are any."""
+    lines = [
+        [
+            f"{row['model']}, batch {row['batch']}",
+            fixed(row["context"], 0),
+            fixed(row["seconds"] * 1e3, 2),
+            fixed(row["median_seconds"] * 1e3, 2),
+            fixed(row["floor_seconds"] * 1e3, 2),
+            per_cent(row["share_of_floor"]),
+            fixed(row["tokens_per_second"], 0),
+            None if row["num_overlapped_steps"] is None else f"{row['num_overlapped_steps']} of {row['num_steps']}",
+        ]
+        for row in result["rows"]
+    ]
+    headers = [
+        "decode step",
+        "mean context",
+        "ms a step",
+        "median",
+        "floor, ms",
+        "floor / step",
+        "tokens/s",
+        "overlapped",
+    ]
+    text = markdown(headers, lines)
+    text += f"\n\nThe floor is at {result['copy_bandwidth'] / 1e9:,.0f} GB/s, a copy on the same device."
+    for row in result["rows"]:
+        if "profile" in row:
+            found = row["profile"]
+            costs = [[name, fixed(value, 3)] for name, value in found["groups_ms"].items()]
+            costs.append(["all kernels, overlaps counted once", fixed(found["busy_ms"], 3)])
+            costs.append(
+                ["no kernel runs: unprofiled step less that", fixed(row["seconds"] * 1e3 - found["busy_ms"], 3)]
+            )
+            title = f"{row['model']}, batch {row['batch']}, {found['kernels']:.0f} kernels a step"
+            text += f"\n\n{markdown([title, 'ms a step'], costs)}"
+    return text
+
+
+def plot(result: Result) -> Figure:
+    """Step and floor side by side."""
+    rows = result["rows"]
+    figure, (ax,) = new_figure(result, "A decode step, and the time that reading its bytes takes")
+    values = {
+        "step": [row["seconds"] * 1e3 for row in rows],
+        "floor: weights and live K and V at a copy's speed": [row["floor_seconds"] * 1e3 for row in rows],
+    }
+    bars(ax, [f"{row['model']}, batch {row['batch']}" for row in rows], values, unit="ms")
+    ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-3-8b", "qwen3-0.6b"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 256])
+    parser.add_argument("--context", type=int, default=1024, help="mean tokens of context in the timed steps")
+    parser.add_argument("--steps", type=int, default=64, help="steps that are timed")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--enforce-eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--profile", action="store_true", help="and where the time of three steps goes")
+    arguments = parser.parse_args()
+    device = arguments.device
+    if arguments.smoke:
+        arguments.models, arguments.batches, arguments.context, arguments.steps = ["tiny"], [1, 3], 64, 6
+
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for name in arguments.models:
+        shape = SHAPES[name]
+        free_memory(device)
+        started = time.perf_counter()
+        largest = max(arguments.batches)
+        longest = max(
+            sum(plan(batch, arguments.context, arguments.steps, max(4096, largest))) for batch in arguments.batches
+        )
+        llm = load_engine(
+            shape,
+            device=device,
+            dtype="bfloat16" if device.startswith("cuda") else "float32",
+            max_model_len=longest + 64,
+            max_num_seqs=largest,
+            block_size=arguments.block_size,
+            enable_prefix_caching=False,
+            enforce_eager=True if arguments.enforce_eager else None,
+        )
+        print(f"{shape.name}: engine ready after {time.perf_counter() - started:.0f} s", flush=True)
+        for batch in arguments.batches:
+            row = measure(
+                llm,
+                shape,
+                batch,
+                context=arguments.context,
+                steps=arguments.steps,
+                bandwidth=bandwidth,
+                profile=arguments.profile,
+                device=device,
+            )
+            rows.append(row | {"peak_memory": peak_memory(device)})
+            milliseconds, share = row["seconds"] * 1e3, per_cent(row["share_of_floor"])
+            peak = gib(peak_memory(device)) or "?"
+            print(f"{shape.name}, batch {batch}: {milliseconds:.2f} ms, floor {share} of it, {peak} GiB", flush=True)
+        del llm
+    result = {
+        "benchmark": "decode_step",
+        "environment": environment(device),
+        "settings": {
+            "context": arguments.context,
+            "steps": arguments.steps,
+            "block_size": arguments.block_size,
+            "enforce_eager": arguments.enforce_eager,
+        },
+        "copy_bandwidth": bandwidth,
+        "rows": rows,
+    }
+    publish(result, tables(result), plot(result), output_file(arguments, "decode_step"))
+
+
+if __name__ == "__main__":
+    main()
