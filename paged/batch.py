@@ -105,6 +105,7 @@ class BatchBuilder:
         vocab_size: what "all tokens" means as a top_k.
         device: where the Batches' tensors go.
         fine_groups: make groups in which little is padded, however many that makes.
+        with_groups: make groups at all; the flex form has inputs of its own.
 
     Example: a prompt of three tokens in blocks of two, the second block of the pool first.
         >>> from paged.blocks import TableChange
@@ -129,13 +130,14 @@ class BatchBuilder:
         vocab_size: int,
         device: str | torch.device,
         fine_groups: bool = False,
+        with_groups: bool = True,
     ) -> None:
         self._block_size = block_size
         self._device = torch.device(device)
-        self._fine_groups = fine_groups
+        self._fine_groups, self._with_groups = fine_groups, with_groups
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
         self._wishes = Wishes(max_num_seqs, vocab_size, self._device)
-        # One more, which nobody writes: the row of padding.
+        # One more: the row of padding.
         self.last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
 
     @property
@@ -145,7 +147,27 @@ class BatchBuilder:
 
     def build(self, step: Step) -> Batch:
         """The tensors of one step. Steps have to come in the order in which they were planned."""
-        self._replay(step)
+        self.replay(step)
+        return self.tensors(step)
+
+    def replay(self, step: Step) -> None:
+        """Bring the persistent rows up to date."""
+        for admission in step.admissions:
+            self._block_tables[admission.row] = NULL_BLOCK
+            self._wishes.admit(admission)
+        for plan in step.rows:
+            change = plan.table_change
+            if change is not None:
+                self._block_tables[plan.row, change.first_index : change.first_index + len(change.blocks)] = (
+                    change.blocks
+                )
+
+    def takes_largest(self, step: Step) -> bool:
+        """Whether every token that the step samples is simply the most likely one, and nothing else is asked about it."""
+        return self._wishes.take_largest([sample for row in step.rows for sample in row.samples])
+
+    def tensors(self, step: Step) -> Batch:
+        """The tensors of a step that was replayed."""
         rows = np.array([row.row for row in step.rows])
         starts = np.array([row.start for row in step.rows])
         lengths = np.array([len(row.token_ids) for row in step.rows])
@@ -156,7 +178,7 @@ class BatchBuilder:
         blocks = self._block_tables[rows[owner], positions // self._block_size].astype(np.int64)
         slots = blocks * self._block_size + positions % self._block_size
 
-        borders = sorted({0, step.num_single, len(rows), *self._fine_borders(step)})
+        borders = sorted({0, step.num_single, len(rows), *self._fine_borders(step)}) if self._with_groups else []
         groups = tuple(
             self._group(rows[i:j], starts[i:j] + lengths[i:j], first_tokens[i : j + 1])
             for i, j in itertools.pairwise(borders)
@@ -207,18 +229,6 @@ class BatchBuilder:
                 if row.end > longest:
                     yield i
                     longest = max(2 * row.end, SHORT_CONTEXT)
-
-    def _replay(self, step: Step) -> None:
-        """Bring the persistent rows up to date."""
-        for admission in step.admissions:
-            self._block_tables[admission.row] = NULL_BLOCK
-            self._wishes.admit(admission)
-        for plan in step.rows:
-            change = plan.table_change
-            if change is not None:
-                self._block_tables[plan.row, change.first_index : change.first_index + len(change.blocks)] = (
-                    change.blocks
-                )
 
     def _group(self, rows: np.ndarray, seq_lens: np.ndarray, first_tokens: np.ndarray) -> AttentionGroup:
         width = blocks_for(int(seq_lens.max()), self._block_size)

@@ -41,6 +41,7 @@ class Wishes:
         self._num_logprobs: dict[int, int] = {}
         self._num_prompt_logprobs: dict[int, int] = {}
         self._counts: TokenCounts | None = None  # made for the first request that needs it
+        self._wishing: set[int] = set()  # rows that wish for anything but the most likely token
 
     def admit(self, admission: Admission) -> None:
         """A sequence takes a row: its wishes replace those of whoever had it before."""
@@ -66,10 +67,21 @@ class Wishes:
             wishes.pop(row, None)
             if wanted is not None:
                 wishes[row] = self._vocab_size if wanted == -1 else min(wanted, self._vocab_size)
+        plain = params.temperature < GREEDY_BELOW and not (
+            params.has_penalties or params.logit_bias or params.allowed_token_ids is not None
+        )
+        if plain and params.logprobs is None:
+            self._wishing.discard(row)
+        else:
+            self._wishing.add(row)
         if params.has_penalties:
             if self._counts is None:
                 self._counts = TokenCounts(self._num_rows, self._vocab_size, self._device)
             self._counts.begin(row, admission.prompt_token_ids, admission.output_token_ids)
+
+    def take_largest(self, samples: Sequence[Sample]) -> bool:
+        """Whether each of these samples is simply the most likely token, and nothing else is asked about it."""
+        return not any(sample.row in self._wishing or sample.banned_token_ids for sample in samples)
 
     def inputs(self, samples: Sequence[Sample], positions: np.ndarray) -> SamplingInputs:
         """What the sampler needs to know.

@@ -12,12 +12,15 @@ Rows that pad a batch see nothing and write into the trash block.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
+from paged.sampling import take_largest
 from paged.step import Step
 from paged.transfer import to_device
 
@@ -30,10 +33,10 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
 
     Example:
         >>> capture_sizes(100)
-        [2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
+        [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
     """
-    sizes = [2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def capture_order(sizes: Iterable[int]) -> list[int]:
@@ -41,8 +44,8 @@ def capture_order(sizes: Iterable[int]) -> list[int]:
     smallest first; then the others, largest first.
 
     Example:
-        >>> capture_order([2, 4, 8, 16, 24, 32, 40, 44])
-        [44, 2, 4, 8, 16, 32, 40, 24]
+        >>> capture_order([1, 2, 4, 8, 16, 24, 32, 40, 44])
+        [44, 1, 2, 4, 8, 16, 32, 40, 24]
     """
     largest, *others = sorted(sizes, reverse=True)
     powers = sorted(size for size in others if size & (size - 1) == 0)
@@ -52,6 +55,25 @@ def capture_order(sizes: Iterable[int]) -> list[int]:
 def can_be_captured(step: Step) -> bool:
     """Whether a step is of the kind that is captured: every row computes one token and gets one."""
     return all(len(row.token_ids) == 1 and len(row.samples) == 1 and not row.prompt_targets for row in step.rows)
+
+
+def _tuned_for(size: int) -> AbstractContextManager[object]:
+    """How the compiler is to treat a batch of one, which has a graph of its own: with one token, matrix products are
+    sums, and a kernel made for the shape is quicker than the library's."""
+    return torch._inductor.config.patch(coordinate_descent_tuning=True) if size == 1 else nullcontext()
+
+
+class Decoded(NamedTuple):
+    """What a captured step of B rows gives.
+
+    Attributes:
+        logits: [B, V].
+        sampled: [2, B] int64, the most likely tokens, which are the rows' latest tokens now; and 1 where the logits were
+            no numbers, or 0.
+    """
+
+    logits: Tensor
+    sampled: Tensor
 
 
 class DecodeGraphs:
@@ -72,7 +94,7 @@ class DecodeGraphs:
         self._inputs = inputs
         self._last_token_ids = last_token_ids
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor] = {}
+        self._decoded: dict[int, Decoded] = {}
         # For each row of the batch: its row, its length, its token, and whether the host knows that.
         self._batch = torch.zeros(4, 0, dtype=torch.int64)
 
@@ -80,11 +102,11 @@ class DecodeGraphs:
         """Capture a graph for each size, as many as the time allows, and one at least.
 
         Args:
-            sizes: batch sizes, 2 or more each.
+            sizes: batch sizes.
             seconds: after so many no other is begun.
         """
         device = self._last_token_ids.device
-        self._batch = torch.zeros(4, max(sizes), dtype=torch.int64, device=device)
+        self._batch = torch.zeros(4, max(2, *sizes), dtype=torch.int64, device=device)
         self._batch[0] = self._inputs.padded_row
         started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         for size in capture_order(sizes):
@@ -92,12 +114,12 @@ class DecodeGraphs:
                 break
             # Once without capturing: what is compiled, loaded or chosen at the first call must not be captured.
             stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), _tuned_for(size):
                 self._run_batch(size)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._logits[size] = self._run_batch(size)
+                self._decoded[size] = self._run_batch(size)
             self._graphs[size] = graph
         self.sizes = sorted(self._graphs)
 
@@ -105,8 +127,8 @@ class DecodeGraphs:
         """Whether a step can be run."""
         return bool(self.sizes) and len(step.rows) <= self.sizes[-1] and can_be_captured(step)
 
-    def run(self, step: Step) -> Tensor:
-        """Run a step that fits, whose tables were replayed. Returns its logits [rows, V], until the next run."""
+    def run(self, step: Step) -> Decoded:
+        """Run a step that fits, whose tables were replayed. What it gives is there until the next run."""
         num_rows = len(step.rows)
         size = next(size for size in self.sizes if size >= num_rows)
         batch = np.zeros((4, size), np.int64)
@@ -116,10 +138,11 @@ class DecodeGraphs:
             batch[:, i] = row.row, row.end, token or 0, token is not None
         self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
         self._graphs[size].replay()
-        return self._logits[size][:num_rows]
+        logits, sampled = self._decoded[size]
+        return Decoded(logits[:num_rows], sampled[:, :num_rows])
 
-    def _run_batch(self, size: int) -> Tensor:
-        """The forward pass over the first rows of the batch: [size, V]."""
+    def _run_batch(self, size: int) -> Decoded:
+        """The forward pass over the first rows of the batch."""
         rows, seq_lens, given, known = self._batch[:, :size]
         token_ids = torch.where(known > 0, given, self._last_token_ids[rows])
         positions = (seq_lens - 1).clamp(min=0)
@@ -130,7 +153,10 @@ class DecodeGraphs:
             host=torch.tensor([size, 0]),
             block_tables=self._inputs.block_tables,
             prompt_slots=unused,
-            query_start_loc=unused[:2].int(),
-            key_start_loc=unused[:2].int(),
+            query_start_loc=unused.int(),
+            key_start_loc=unused.int(),
         )
-        return self._forward(token_ids, positions, inputs)
+        logits = self._forward(token_ids, positions, inputs)
+        sampled = torch.stack(take_largest(logits))
+        self._last_token_ids[rows] = sampled[0]
+        return Decoded(logits, sampled)

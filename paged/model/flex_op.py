@@ -36,9 +36,9 @@ def _attend(
     wishes = {"scale": scale, "window": window, "softcap": softcap}
     out = lse = None
     if num_decodes > 0:
-        # The plan has two rows at least, and padded ones see nothing; what they get is somebody else's further down.
+        # Outside of CUDA graphs two decodes at least are planned; what a padded one gets is overwritten further down.
         decodes = DecodePlan(*plan)
-        num_planned = max(2, num_decodes)
+        num_planned = min(max(2, num_decodes), len(query))
         out, lse = flex.attend_decode(query[:num_planned], key_cache, value_cache, decodes, **wishes)  # type: ignore[arg-type]
         if sinks is not None:
             assert lse is not None, "this form runs on a GPU"

@@ -34,6 +34,9 @@ from paged.transfer import to_host
 RECOMPILE_LIMIT = 64
 # With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
+import os, json
+
+COMPILE_OPTIONS |= json.loads(os.environ.get("PAGED_OPTIONS", "{}"))
 
 
 # The module's attributes where the attention function finds the tensors of a layer's cache, in their order.
@@ -59,15 +62,14 @@ class StepInFlight:
     """A step that was handed to the device, which may still be running it.
 
     Attributes:
-        token_ids: [S] int64 on the host, a token for each of its samples; not there before `copied`.
-        broken: [S] bool, likewise: rows whose logits were no numbers.
-        copied: when both have arrived; None on a CPU, which has run the step already.
+        sampled: [2, S] int64 on the host, a token for each of its samples, and 1 for those whose logits were no numbers,
+            or 0; not there before `copied`.
+        copied: when they have arrived; None on a CPU, which has run the step already.
         logprobs, prompt_logprobs: what some row wants to know of the sampled tokens and of its prompt's, and those
             tokens, still on the device; None if no row does.
     """
 
-    token_ids: Tensor
-    broken: Tensor
+    sampled: Tensor
     copied: torch.cuda.Event | None
     logprobs: tuple[Logprobs, Tensor] | None
     prompt_logprobs: tuple[Logprobs, Tensor] | None
@@ -76,9 +78,8 @@ class StepInFlight:
         """What the step brought; waits for it, and for no step behind it if no row wants log probabilities."""
         if self.copied is not None:
             self.copied.synchronize()
-        tokens = self.token_ids.tolist()
         return StepResult(
-            [None if bad else token for token, bad in zip(tokens, self.broken.tolist(), strict=True)],
+            [None if bad else token for token, bad in zip(*self.sampled.tolist(), strict=True)],
             None if self.logprobs is None else token_logprobs(*self.logprobs),
             [] if self.prompt_logprobs is None else token_logprobs(*self.prompt_logprobs),
         )
@@ -132,6 +133,7 @@ class ModelRunner:
             vocab_size=loaded.vocab_size,
             device=loaded.device,
             fine_groups=self._eager and self.attention_form == "gathered",
+            with_groups=self.attention_form != "flex",
         )
         self._flex: FlexInputsBuilder | None = None
         if self.attention_form == "flex":
@@ -150,20 +152,25 @@ class ModelRunner:
             for step in largest_steps(config):
                 self.run(step)
 
+        import time
+
+        t0 = time.perf_counter()
         self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, loaded.device, run_largest_steps)
         self._allocate(self.num_blocks, loaded)
         self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
         self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
         self.most_gather_bytes = 0
+        t1 = time.perf_counter()
         if self._flex is not None:
             self._capture(config)
+        self.start_up_seconds = {"profile and compile": t1 - t0, "capture": time.perf_counter() - t1}
 
     @torch.inference_mode()
     def _capture(self, config: EngineConfig) -> None:
         """Capture decode steps; the pool has its final place now."""
         assert self._flex is not None, "only this form is captured"
         sizes = config.cudagraph_capture_sizes
-        sizes = capture_sizes(config.max_num_seqs) if sizes is None else [max(2, size) for size in sizes]
+        sizes = capture_sizes(config.max_num_seqs) if sizes is None else sizes
         if sizes:
             self.graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids)
             self.graphs.capture(sizes, seconds=config.cudagraph_capture_seconds)
@@ -210,23 +217,24 @@ class ModelRunner:
         the host's pool does wait.) Steps run in the order in which they are launched.
         """
         self._move_blocks(step)
+        self._builder.replay(step)
         if self._flex is not None:
             self._flex.replay(step)
-        batch = self._builder.build(step)
+        logits: Tensor | None = None
+        if self.graphs is not None and self.graphs.fits(step):
+            logits, sampled = self.graphs.run(step)
+            if self._builder.takes_largest(step):
+                return StepInFlight(*_on_its_way_to_host(sampled), None, None)
+        batch = self._builder.tensors(step)
         if self.attention_form == "gathered":
             blocks = max(group.block_tables.numel() for group in batch.attention.groups)
             self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_gathered_bytes_of_a_block)
-        num_samples = len(batch.sampled)
-        if self.graphs is not None and self.graphs.fits(step):
-            logits = self.graphs.run(step)
-        else:
+        if logits is None:
             logits = self._logits(step, batch)
+        num_samples = len(batch.sampled)
         token_ids, broken = sample(logits[:num_samples], batch.sampling)
         self._builder.count(batch, token_ids)
-
-        token_ids_on_host, broken_on_host, copied = to_host(token_ids), to_host(broken), None
-        if token_ids.is_cuda:
-            copied = torch.cuda.current_stream().record_event()
+        on_host = _on_its_way_to_host(torch.stack([token_ids, broken]))
 
         logprobs = prompt_logprobs = None
         if batch.num_logprobs is not None:
@@ -234,7 +242,7 @@ class ModelRunner:
         if batch.num_prompt_logprobs is not None:
             targets = batch.prompt_targets
             prompt_logprobs = (logprobs_of(logits[num_samples:], targets, batch.num_prompt_logprobs), targets)
-        return StepInFlight(token_ids_on_host, broken_on_host, copied, logprobs, prompt_logprobs)
+        return StepInFlight(*on_host, logprobs, prompt_logprobs)
 
     def _move_blocks(self, step: Step) -> None:
         """Copy blocks before the step writes any. Swapping out comes first: the blocks may be others' targets then."""
@@ -278,6 +286,12 @@ class ModelRunner:
         for call in self._calls:
             layer = self._model.get_submodule(names[id(call.module)].rpartition(".")[0])
             layer.compile(fullgraph=True, dynamic=True, options=COMPILE_OPTIONS)
+
+
+def _on_its_way_to_host(sampled: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The same numbers on the host, and when they are there; None if they are there already."""
+    on_host = to_host(sampled)
+    return on_host, torch.cuda.current_stream().record_event() if sampled.is_cuda else None
 
 
 def choose_form(config: EngineConfig, loaded: LoadedModel, calls: list[AttentionCall], *, eager: bool) -> str:

@@ -58,12 +58,12 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> tuple[Tensor, Tensor]:
         token_ids [S] int64, and broken [S] bool: rows whose logits hold NaN, or nothing that may be sampled. Their
         tokens mean nothing.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = adjust(logits, inputs.allowed, inputs.edits, inputs.penalties)
-    largest, best = logits.max(dim=-1)  # [S]; a NaN counts as the largest
-    broken = largest.isnan() | (largest == -torch.inf)
+    if inputs.allowed or inputs.edits or inputs.penalties:
+        logits = adjust(_at_least_float32(logits), inputs.allowed, inputs.edits, inputs.penalties)
+    best, broken = take_largest(logits)
     if inputs.all_greedy:
         return best, broken
+    logits = _at_least_float32(logits)
     greedy = inputs.temperature < GREEDY_BELOW  # [S]
     logits = logits / torch.where(greedy, 1.0, inputs.temperature)[:, None]
     if inputs.any_min_p:
@@ -74,6 +74,23 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> tuple[Tensor, Tensor]:
         logits = keep_top(logits, inputs.top_k, inputs.top_p)
     drawn = (logits + gumbel_noise(inputs.seeds, inputs.positions, logits.shape[-1])).argmax(dim=-1)
     return torch.where(greedy, best, drawn), broken
+
+
+def take_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row.
+
+    Args:
+        logits: [S, V], any floating type.
+
+    Returns:
+        token_ids [S] int64, and broken [S] bool: rows whose logits hold NaN, or nothing that may be sampled.
+    """
+    largest, best = logits.max(dim=-1)  # [S]; a NaN counts as the largest
+    return best, largest.isnan() | (largest == -torch.inf)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
