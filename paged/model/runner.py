@@ -16,8 +16,11 @@ from paged.kv_pool import (
     swap_blocks,
 )
 from paged.model.calibration import calibrate
+from paged.model.largest_steps import largest_steps
 from paged.model.loading import LoadedModel
-from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
+from paged.model.memory_budget import num_blocks_for, num_host_blocks_for
+from paged.model.memory_ledger import MemoryLedger, open_ledger
+from paged.model.memory_profile import TRIAL_BLOCKS, MemoryNeeds, measure_needs, release_unused
 from paged.model.paged_attention import find_attention
 from paged.sampling import TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
@@ -55,6 +58,7 @@ class ModelRunner:
 
     Attributes:
         num_blocks, num_host_blocks: blocks of the pool and of the one in host memory, null and trash blocks included.
+        memory_ledger: where the memory goes.
         caches: of every layer, all tensors that are indexed by block: key_cache [N, P, Hkv, D], value_cache
             [N, P, Hkv, Dv]; in int8 also key_scale and value_scale [N, P, Hkv].
         attention_form: "gathered" or "fused".
@@ -98,16 +102,44 @@ class ModelRunner:
             fine_groups=self._eager and self.attention_form == "gathered",
         )
 
-        def run_largest_steps() -> None:
-            self._allocate(3, loaded)
-            for step in largest_steps(config):
-                self.run(step)
-
-        self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, loaded.device, run_largest_steps)
+        needs = self._measure(loaded)
+        self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, needs)
         self._allocate(self.num_blocks, loaded)
         self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
         self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
         self.most_gather_bytes = 0
+        self.memory_ledger: MemoryLedger = open_ledger(
+            config,
+            needs,
+            num_blocks=self.num_blocks,
+            kv_pool=self.kv_cache_bytes,
+            host_swap_pool=storage_bytes(tensor for cache in self._host_caches for tensor in cache),
+            host_block_tables=0 if loaded.memory_at_start is None else self.block_table_bytes,
+        )
+
+    def _measure(self, loaded: LoadedModel) -> MemoryNeeds:
+        """What is taken beside the pool: on a GPU the largest steps are run on a pool that is just large enough."""
+        config, on_cpu = loaded.config, loaded.memory_at_start is None
+
+        def run_largest_steps() -> None:
+            self._allocate(TRIAL_BLOCKS, loaded)
+            for step in largest_steps(config):
+                self.run(step)
+            self._builder.reset()
+
+        needs = measure_needs(
+            config,
+            loaded.device,
+            loaded.memory_at_start,
+            weights=[*self._model.parameters(), *self._model.buffers()],
+            buffers=self._builder.sampling_state_bytes + (self.block_table_bytes if on_cpu else 0),
+            block_bytes=bytes_per_block([call.shape for call in self._calls], config.block_size, loaded.kv_dtype),
+            num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
+            run_largest_steps=run_largest_steps,
+        )
+        # So that the pool gets pages of its own, and not those that steps will want again.
+        release_unused(loaded.device)
+        return needs
 
     def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
         """Give every attention module a cache of so many blocks; what it had is let go."""
