@@ -107,6 +107,8 @@ def gib(num_bytes: int) -> str:
         >>> gib(3 * 2**29), gib(5 * 2**20)
         ('1.50 GiB', '5.0 MiB')
     """
+    if abs(num_bytes) < 2**20:
+        return f"{num_bytes:,} bytes"
     return f"{num_bytes / 2**30:,.2f} GiB" if abs(num_bytes) >= 2**27 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
