@@ -136,14 +136,26 @@ class BatchBuilder:
         self._device = torch.device(device)
         self._fine_groups, self._with_groups = fine_groups, with_groups
         self._block_tables = np.full((max_num_seqs, blocks_for(max_model_len, block_size)), NULL_BLOCK, np.int32)
-        self._wishes = Wishes(max_num_seqs, vocab_size, self._device)
         # One more: the row of padding.
         self.last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
+        self._vocab_size = vocab_size
+        self.reset()
 
     @property
     def block_table_bytes(self) -> int:
         """Bytes of the persistent block tables."""
         return int(self._block_tables.nbytes)
+
+    @property
+    def sampling_state_bytes(self) -> int:
+        """Most bytes on the device that the rows' sampling wishes keep from step to step."""
+        return self._wishes.most_bytes
+
+    def reset(self) -> None:
+        """Forget all rows, and let go what they kept on the device."""
+        self._block_tables.fill(NULL_BLOCK)
+        self.last_token_ids.zero_()  # in its place: CUDA graphs know where it is
+        self._wishes = Wishes(len(self._block_tables), self._vocab_size, self._device)
 
     def build(self, step: Step) -> Batch:
         """The tensors of one step. Steps have to come in the order in which they were planned."""

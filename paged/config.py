@@ -40,7 +40,9 @@ class EngineConfig:
         block_size: tokens a block of KV memory holds.
         num_gpu_blocks_override: blocks of the pool, null and trash block included; overrides every other size.
         kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
-        gpu_memory_utilization: share of the GPU's memory that weights, workspace and pool may take together.
+        gpu_memory_utilization: share of the GPU's whole memory that this engine may take: weights, largest step, CUDA
+            graphs and pool. What other processes hold does not count, but so much has to be free at start; hence 1
+            never is, because the CUDA context takes some.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; None takes 4096, or what other settings need if that is more.
         enable_chunked_prefill: compute a prompt that does not fit one step in several.

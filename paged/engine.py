@@ -24,7 +24,7 @@ from paged.answers import Answers, BeamAnswers
 from paged.beam_search import BeamSearch, num_candidates
 from paged.config import EngineConfig
 from paged.memory.events import StepEvent, take_event
-from paged.model import ModelRunner, load_model
+from paged.model import MemoryLedger, ModelRunner, load_model
 from paged.model.runner import StepInFlight, StepResult
 from paged.outputs import RequestOutput
 from paged.request import FinishReason, Request, Sequence
@@ -77,6 +77,7 @@ class Engine:
         self.generation_config = loaded.generation_config
         self._eos_token_ids = loaded.eos_token_ids
         self.runner = ModelRunner(loaded)
+        logger.info("%s", self.memory_ledger)
         assert self.config.max_model_len is not None, "filled in when the model was loaded"
         assert self.config.max_num_batched_tokens is not None, "filled in when the model was loaded"
         self.max_model_len = self.config.max_model_len
@@ -108,6 +109,11 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do."""
         return self.scheduler.has_unfinished
+
+    @property
+    def memory_ledger(self) -> MemoryLedger:
+        """Where the memory goes, line by line; `str()` of it is a table."""
+        return self.runner.memory_ledger
 
     def record_events(self) -> list[StepEvent]:
         """Note from now on what the pool holds at every step; returns the list that grows.

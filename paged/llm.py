@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from paged.config import EngineConfig
 from paged.engine import Engine
+from paged.model import MemoryLedger
 from paged.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
@@ -36,6 +37,11 @@ class LLM:
     def __init__(self, model: str, **arguments: Any) -> None:
         self.engine = Engine(EngineConfig.from_arguments({"model": model, **arguments}))
         self._num_requests = 0
+
+    @property
+    def memory_ledger(self) -> MemoryLedger:
+        """Where the engine's memory goes, line by line; `print(llm.memory_ledger)` shows a table."""
+        return self.engine.memory_ledger
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, None with `skip_tokenizer_init=True`."""

@@ -43,6 +43,14 @@ class Wishes:
         self._counts: TokenCounts | None = None  # made for the first request that needs it
         self._wishing: set[int] = set()  # rows that wish for anything but the most likely token
 
+    @property
+    def most_bytes(self) -> int:
+        """Most bytes that stay on the device, when every row has penalties and allowed tokens: [R, V] of each.
+
+        A count is four bytes, and whether the prompt has a token and whether it is allowed one byte each.
+        """
+        return self._num_rows * self._vocab_size * (torch.int32.itemsize + 2 * torch.bool.itemsize)
+
     def admit(self, admission: Admission) -> None:
         """A sequence takes a row: its wishes replace those of whoever had it before."""
         row, params = admission.row, admission.sampling_params

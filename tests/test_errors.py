@@ -111,7 +111,10 @@ def test_a_name_can_be_used_once_at_a_time(llm):
         ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization must be in \(0, 1\]"),
         ({"gpu_memory_utilization": 1.1}, r"gpu_memory_utilization must be in \(0, 1\]"),
         ({"num_gpu_blocks_override": 2}, "num_gpu_blocks_override=2 leaves no block"),
-        ({"kv_cache_memory_bytes": 5000}, r"takes .* bytes; there are 5,000. Set max_model_len to at most 0"),
+        (
+            {"kv_cache_memory_bytes": 5000},
+            r"takes .* bytes; there are 5,000\. Set kv_cache_memory_bytes to at least 278528",
+        ),
         ({"kv_cache_memory_bytes": 100_000, "max_model_len": 256}, "Set max_model_len to at most 160"),
         ({"max_num_batched_tokens": 300, "enable_chunked_prefill": False}, "tokens=300 is less than max_model_len"),
         ({"max_model_len": 8, "max_num_batched_tokens": 10}, "less than max_num_seqs=256"),

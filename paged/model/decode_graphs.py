@@ -94,7 +94,8 @@ class DecodeGraphs:
         self._inputs = inputs
         self._last_token_ids = last_token_ids
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._decoded: dict[int, Decoded] = {}
+        # What the graphs give, one tensor for all of them: only one runs at a time.
+        self._decoded = Decoded(torch.empty(0), torch.empty(0))
         # For each row of the batch: its row, its length, its token, and whether the host knows that.
         self._batch = torch.zeros(4, 0, dtype=torch.int64)
 
@@ -108,6 +109,7 @@ class DecodeGraphs:
         device = self._last_token_ids.device
         self._batch = torch.zeros(4, max(2, *sizes), dtype=torch.int64, device=device)
         self._batch[0] = self._inputs.padded_row
+        self._decoded = Decoded(*(torch.empty_like(tensor) for tensor in self._forward_batch(max(sizes))))
         started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         for size in capture_order(sizes):
             if self._graphs and time.perf_counter() - started > seconds:
@@ -119,7 +121,7 @@ class DecodeGraphs:
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._decoded[size] = self._run_batch(size)
+                self._run_batch(size)
             self._graphs[size] = graph
         self.sizes = sorted(self._graphs)
 
@@ -138,10 +140,16 @@ class DecodeGraphs:
             batch[:, i] = row.row, row.end, token or 0, token is not None
         self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
         self._graphs[size].replay()
-        logits, sampled = self._decoded[size]
+        logits, sampled = self._decoded
         return Decoded(logits[:num_rows], sampled[:, :num_rows])
 
-    def _run_batch(self, size: int) -> Decoded:
+    def _run_batch(self, size: int) -> None:
+        """Run the first rows of the batch, and leave what they give where the others leave it."""
+        logits, sampled = self._forward_batch(size)
+        self._decoded.logits[:size].copy_(logits)
+        self._decoded.sampled[:, :size].copy_(sampled)
+
+    def _forward_batch(self, size: int) -> Decoded:
         """The forward pass over the first rows of the batch."""
         rows, seq_lens, given, known = self._batch[:, :size]
         token_ids = torch.where(known > 0, given, self._last_token_ids[rows])

@@ -17,6 +17,8 @@ from transformers import (
 from transformers.utils import logging
 
 from paged.config import EngineConfig
+from paged.model.memory_budget import check_share_is_free
+from paged.model.memory_profile import DeviceMemory, snapshot
 from paged.model.support import (
     ModelNotFound,
     check_backend,
@@ -41,6 +43,7 @@ class LoadedModel:
         vocab_size: token ids run from 0 to this less 1.
         eos_token_ids: tokens that end a sequence.
         generation_config: what the checkpoint says of sampling.
+        memory_at_start: the GPU before the weights were loaded; None on a CPU.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,7 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     generation_config: GenerationConfig
+    memory_at_start: DeviceMemory | None
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +77,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     Raises:
         ModelNotFound: the name or folder leads nowhere, or a file is missing.
         UnsupportedModel: the model cannot be paged.
-        ValueError: max_model_len is longer than the model allows, or the device cannot do what is asked of it.
+        ValueError: max_model_len is longer than the model allows, or the device cannot do what is asked of it,
+            or has not the share of its memory free that is asked for.
     """
     source = locate(config.model)
     hf_config = _load_config(source, config)
@@ -83,6 +88,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
     check_kv_cache_dtype(config, dtype, device)
+    memory_at_start = snapshot(device)
+    check_share_is_free(config, memory_at_start)
 
     if config.load_format == "dummy":
         torch.manual_seed(config.seed)
@@ -108,6 +115,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         vocab_size=hf_config.get_text_config().vocab_size,
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
         generation_config=generation_config,
+        memory_at_start=memory_at_start,
     )
 
 

@@ -1,6 +1,9 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
-from dataclasses import dataclass
+import json
+import os
+import time
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,8 +25,11 @@ from paged.model.calibration import calibrate
 from paged.model.decode_graphs import DecodeGraphs, capture_sizes
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
 from paged.model.fused_projections import fuse_projections
+from paged.model.largest_steps import largest_steps
 from paged.model.loading import LoadedModel
-from paged.model.memory_budget import largest_steps, num_blocks_for, num_host_blocks_for
+from paged.model.memory_budget import most_blocks_for_flex, num_blocks_for, num_host_blocks_for
+from paged.model.memory_ledger import MemoryLedger, open_ledger
+from paged.model.memory_profile import TRIAL_BLOCKS, MemoryNeeds, measure_needs, release_unused, snapshot
 from paged.model.paged_attention import AttentionCall, find_attention
 from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
@@ -34,9 +40,10 @@ from paged.transfer import to_host
 RECOMPILE_LIMIT = 64
 # With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
-import os, json
 
 COMPILE_OPTIONS |= json.loads(os.environ.get("PAGED_OPTIONS", "{}"))
+# What a captured graph takes beside the memory that all share: its kernels' arguments.
+BYTES_OF_A_GRAPH = 4 * 2**20
 
 
 # The module's attributes where the attention function finds the tensors of a layer's cache, in their order.
@@ -93,6 +100,7 @@ class ModelRunner:
 
     Attributes:
         num_blocks, num_host_blocks: blocks of the pool and of the one in host memory, null and trash blocks included.
+        memory_ledger: where the memory goes.
         caches: of every layer, all tensors that are indexed by block: key_cache [N, P, Hkv, D], value_cache
             [N, P, Hkv, Dv]; in int8 also key_scale and value_scale [N, P, Hkv].
         attention_form: "gathered", "fused" or "flex".
@@ -147,33 +155,80 @@ class ModelRunner:
             )
         self.graphs: DecodeGraphs | None = None
 
-        def run_largest_steps() -> None:
-            self._allocate(3, loaded)
-            for step in largest_steps(config):
-                self.run(step)
-
-        import time
-
-        t0 = time.perf_counter()
-        self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, loaded.device, run_largest_steps)
+        started = time.perf_counter()
+        needs = self._measure(loaded)
+        most_blocks = most_blocks_for_flex(shapes, config.block_size) if self._flex is not None else None
+        self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, needs, most_blocks=most_blocks)
+        measured = time.perf_counter()
         self._allocate(self.num_blocks, loaded)
         self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
         self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
         self.most_gather_bytes = 0
-        t1 = time.perf_counter()
-        if self._flex is not None:
-            self._capture(config)
-        self.start_up_seconds = {"profile and compile": t1 - t0, "capture": time.perf_counter() - t1}
+        self.memory_ledger: MemoryLedger = open_ledger(
+            config,
+            needs,
+            num_blocks=self.num_blocks,
+            kv_pool=self.kv_cache_bytes,
+            host_swap_pool=storage_bytes(tensor for cache in self._host_caches for tensor in cache),
+            host_block_tables=0 if loaded.memory_at_start is None else self.block_table_bytes,
+            most_blocks=most_blocks,
+        )
+        if self._flex is not None and self._capture_sizes(config):
+            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes(config))
+            self.memory_ledger = self.memory_ledger.with_graphs(graph_bytes)
+        self.start_up_seconds = {
+            "profile and compile": measured - started,
+            "pool and capture": time.perf_counter() - measured,
+        }
+
+    @staticmethod
+    def _capture_sizes(config: EngineConfig) -> list[int]:
+        """Batch sizes that decode steps are to be captured for."""
+        sizes = config.cudagraph_capture_sizes
+        return capture_sizes(config.max_num_seqs) if sizes is None else sorted(set(sizes))
 
     @torch.inference_mode()
-    def _capture(self, config: EngineConfig) -> None:
-        """Capture decode steps; the pool has its final place now."""
+    def _capture(self, loaded: LoadedModel, sizes: list[int]) -> tuple[DecodeGraphs, int]:
+        """CUDA graphs of decode steps over the pool that is there now, and the bytes they take."""
         assert self._flex is not None, "only this form is captured"
-        sizes = config.cudagraph_capture_sizes
-        sizes = capture_sizes(config.max_num_seqs) if sizes is None else sizes
-        if sizes:
-            self.graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids)
-            self.graphs.capture(sizes, seconds=config.cudagraph_capture_seconds)
+        before = snapshot(loaded.device)
+        graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids)
+        graphs.capture(sizes, seconds=loaded.config.cudagraph_capture_seconds)
+        release_unused(loaded.device)
+        after = snapshot(loaded.device)
+        assert before is not None and after is not None, "on a GPU"
+        return graphs, max(0, before.free - after.free)
+
+    def _measure(self, loaded: LoadedModel) -> MemoryNeeds:
+        """What is taken beside the pool: on a GPU the largest steps are run on a pool that is just large enough."""
+        config, on_cpu = loaded.config, loaded.memory_at_start is None
+
+        def run_largest_steps() -> None:
+            self._allocate(TRIAL_BLOCKS, loaded)
+            for step in largest_steps(config):
+                self.run(step)
+            self._builder.reset()
+
+        on_device = [self._builder.last_token_ids] + ([] if self._flex is None else [self._flex.block_tables])
+        needs = measure_needs(
+            config,
+            loaded.device,
+            loaded.memory_at_start,
+            weights=[*self._model.parameters(), *self._model.buffers()],
+            buffers=self._builder.sampling_state_bytes
+            + (self.block_table_bytes if on_cpu else storage_bytes(on_device)),
+            block_bytes=bytes_per_block([call.shape for call in self._calls], config.block_size, loaded.kv_dtype),
+            num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
+            run_largest_steps=run_largest_steps,
+        )
+        if self._flex is not None and self._capture_sizes(config):
+            # All graphs share one memory, which the largest fills; each takes a little of its own.
+            sizes = self._capture_sizes(config)
+            _, graph_bytes = self._capture(loaded, sizes[-1:])
+            needs = replace(needs, graphs=graph_bytes + len(sizes) * BYTES_OF_A_GRAPH)
+        # So that the pool gets pages of its own, and not those that steps will want again.
+        release_unused(loaded.device)
+        return needs
 
     def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
         """Give every attention module a cache of so many blocks; what it had is let go."""
