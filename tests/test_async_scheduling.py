@@ -150,9 +150,11 @@ def counts(engine) -> tuple[int, int]:
 
 def run_to_the_end(engine) -> list:
     outputs = []
-    while engine.has_unfinished_requests:
+    for _ in range(100):
+        if not engine.has_unfinished_requests:
+            return outputs
         outputs += engine.step()
-    return outputs
+    raise AssertionError("somebody never ends")
 
 
 def test_steps_of_simple_requests_overlap_from_the_second_on(folders):
@@ -300,19 +302,16 @@ def test_an_abort_while_a_step_is_in_flight_leaves_the_others_alone(folders):
 
 
 def test_prompt_logprobs_of_a_request_that_was_aborted_in_flight_are_nobodys(folders):
-    llm = load(folders["llama"], async_scheduling=True)
-    engine, scored = llm.engine, replace(GREEDY, prompt_logprobs=1, max_tokens=1)
+    engine = load(folders["llama"], async_scheduling=True).engine
     engine.add_request("other", [1, 2], GREEDY)
-    engine.add_request("a", [5, 9, 2], scored)
-    engine.scheduler.max_num_batched_tokens = 2  # "a" is admitted by the second step
     engine.step()
+    engine.add_request("scored", [5, 9, 2], replace(GREEDY, prompt_logprobs=1))
+    engine.step()  # which brings what "other" got, while "scored" waits behind it
     assert any(row.prompt_targets for row in engine._in_flight[0].step.rows)
-    engine.abort_request("a")
-    engine.add_request("a", [7, 8], scored)
-    (output,) = [output for output in run_to_the_end(engine) if output.request_id == "a"]
-    (expected,) = llm.generate(as_prompts([[7, 8]]), scored)
-    assert len(output.prompt_logprobs) == 2
-    assert output.prompt_logprobs[1][8].logprob == pytest.approx(expected.prompt_logprobs[1][8].logprob)
+    engine.abort_request("scored")
+    outputs = run_to_the_end(engine)
+    assert {output.request_id for output in outputs} == {"other"}
+    assert len(outputs[-1].outputs[0].token_ids) == 16
 
 
 @pytest.mark.parametrize("where", ["launch", "result"])
@@ -344,6 +343,8 @@ def test_a_failure_ends_the_requests_of_its_step_and_nobody_elses(where, folders
     for i in (0, 1):  # three steps brought a token each
         assert list(ends[str(i)].token_ids) == expected[i][:3]
     assert list(ends["new"].token_ids) == expected[2]
+    if where == "launch":
+        assert {row.request_id for step in steps[4:] for row in step.rows} == {"new"}, "nothing is planned behind it"
     assert "the device is on fire" in caplog.text
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
     assert tokens_of(llm.generate(as_prompts(prompts), GREEDY)) == expected
