@@ -340,6 +340,14 @@ def test_a_place_is_filled_in_and_stays_so(tmp_path):
         report.filled(page.replace("start-up", "nonsense"), tmp_path)
 
 
+def test_without_the_naive_engine_there_is_no_comparison_with_it(tmp_path):
+    result = made_up("throughput")
+    result["rows"] = [row for row in result["rows"] if row["name"] != "reference"]
+    (tmp_path / "throughput.json").write_text(json.dumps(result))
+    assert report.figure("course", tmp_path) is None
+    assert report.figure("throughput", tmp_path) is not None
+
+
 def test_the_page_says_what_the_results_say():
     page = (ROOT / "docs" / "performance.md").read_text()
     assert report.filled(page, common.RESULTS) == page, (
