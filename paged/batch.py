@@ -175,7 +175,7 @@ class BatchBuilder:
                 )
 
     def takes_largest(self, step: Step) -> bool:
-        """Whether every token that the step samples is simply the most likely one, and nothing else is asked about it."""
+        """Whether every token that the step samples is simply the most likely one, and nothing is asked about it."""
         return self._wishes.take_largest([sample for row in step.rows for sample in row.samples])
 
     def tensors(self, step: Step) -> Batch:

@@ -4,9 +4,9 @@ A prompt has many query tokens for every key, so gathering its context out of th
 thousands of times: 4 % of the time of a chunk of 2,048 tokens over 6,144. After it there are two ways:
 
 - FlashAttention takes prompts of any lengths in one call, each with its own context. It is what most steps need.
-- cuDNN's attention is nearly twice as fast on a Hopper GPU, but knows neither a causal mask aligned at the end of the keys
-  nor ragged lengths without a plan for each shape, which takes some 50 ms to make. So a long chunk is attended in parts:
-  its context without a mask, itself causally, both of rounded lengths, and the parts are merged by their log-sum-exp.
+- cuDNN's attention is nearly twice as fast on a Hopper GPU, but knows no causal mask that is aligned at the end of the
+  keys, and makes a plan for every shape, which takes some 50 ms. So a long chunk is attended in parts: its context
+  without a mask, itself causally, both of rounded lengths; and the parts are merged by their log-sum-exp.
 """
 
 from collections.abc import Sequence

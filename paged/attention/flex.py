@@ -333,7 +333,8 @@ def attend_chunks(
     """
     counts_and_blocks = plan_chunks(block_tables, positions, block_size=key_cache.shape[1], window=window)
     if query.device.type == "cpu":
-        counts_and_blocks = tuple(_with_pool_columns(dict(enumerate(counts_and_blocks)), len(key_cache)).values())
+        columns = _with_pool_columns(dict(enumerate(counts_and_blocks)), len(key_cache))
+        counts_and_blocks = columns[0], columns[1], columns[2], columns[3]
     else:
         _mark_sizes((key_cache, value_cache, logical_index), (0,))
         _mark_sizes((query, positions), (0, 1))
@@ -610,10 +611,10 @@ def _flex(
         compute_q_blocks=False,
     )
     # [N, P, Hkv, D] as [1, Hkv, N * P, D]: a view, for whose strides the kernel does not care.
+    torch._check(value_cache.shape[0] == num_blocks)  # type: ignore[no-untyped-call]
     keys, values = (cache.flatten(0, 1)[None].transpose(1, 2) for cache in (key_cache, value_cache))
-    torch._check(value_cache.shape[0] == num_blocks)
     options = _kernel_options(key_cache, value_cache.shape[3], tile, pace)
-    result = flex_attention(
+    result: Any = flex_attention(  # type: ignore[call-overload]
         query,
         keys,
         values,
@@ -630,7 +631,7 @@ def _flex(
 def _mark_sizes(tensors: Iterable[Tensor], changing: tuple[int, ...]) -> None:
     """Tell the compiler which sizes change, so that one graph serves all of them (but 1, which always has its own).
 
-    The others are fixed: where it has seen two of them it must not make a graph for any, since the kernel needs numbers.
+    The others are fixed: if it has seen two of them it must not make a graph for any, since the kernel needs numbers.
     """
     for tensor in tensors:
         for dim in range(tensor.dim()):

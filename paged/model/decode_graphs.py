@@ -58,8 +58,7 @@ def can_be_captured(step: Step) -> bool:
 
 
 def _tuned_for(size: int) -> AbstractContextManager[object]:
-    """How the compiler is to treat a batch of one, which has a graph of its own: with one token, matrix products are
-    sums, and a kernel made for the shape is quicker than the library's."""
+    """How to compile: with one token a product is a sum, and a kernel made for its shape beats a library's."""
     return torch._inductor.config.patch(coordinate_descent_tuning=True) if size == 1 else nullcontext()
 
 
@@ -68,8 +67,8 @@ class Decoded(NamedTuple):
 
     Attributes:
         logits: [B, V].
-        sampled: [2, B] int64, the most likely tokens, which are the rows' latest tokens now; and 1 where the logits were
-            no numbers, or 0.
+        sampled: [2, B] int64, the most likely tokens, which are the rows' latest tokens now; and 1 where the logits
+            were no numbers, or 0.
     """
 
     logits: Tensor
@@ -110,7 +109,7 @@ class DecodeGraphs:
         self._batch = torch.zeros(4, max(2, *sizes), dtype=torch.int64, device=device)
         self._batch[0] = self._inputs.padded_row
         self._decoded = Decoded(*(torch.empty_like(tensor) for tensor in self._forward_batch(max(sizes))))
-        started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         for size in capture_order(sizes):
             if self._graphs and time.perf_counter() - started > seconds:
                 break

@@ -1,8 +1,8 @@
 """The operation by which the layers of a compiled model attend in the flex form; the compiler does not look into it.
 
-What happens here depends on the step: how many rows decode, how long the prompts are, which library's kernel suits each.
-Traced by the compiler, every kind of step would make a graph of its own. As one operation, whose shapes are those of its
-query, it lets one graph of a layer serve every step, and decodes can be captured in CUDA graphs all the same.
+What happens here depends on the step: how many rows decode, how long the prompts are, which library's kernel suits
+each. Traced by the compiler, every kind of step would make a graph of its own. As one operation, whose shapes are those
+of its query, it lets one graph of a layer serve every step, and decodes can be captured in CUDA graphs all the same.
 """
 
 import torch
@@ -33,13 +33,14 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     num_decodes, prompts = read_host(host)
-    wishes = {"scale": scale, "window": window, "softcap": softcap}
     out = lse = None
     if num_decodes > 0:
         # Outside of CUDA graphs two decodes at least are planned; what a padded one gets is overwritten further down.
         decodes = DecodePlan(*plan)
         num_planned = min(max(2, num_decodes), len(query))
-        out, lse = flex.attend_decode(query[:num_planned], key_cache, value_cache, decodes, **wishes)  # type: ignore[arg-type]
+        out, lse = flex.attend_decode(
+            query[:num_planned], key_cache, value_cache, decodes, scale=scale, window=window, softcap=softcap
+        )
         if sinks is not None:
             assert lse is not None, "this form runs on a GPU"
             out = apply_sinks(out, lse, sinks)
@@ -56,9 +57,10 @@ def _attend(
             starts = query_start_loc, key_start_loc
             out, lse = _attend_dense(*tokens, *caches, prompts, block_tables, prompt_slots, *starts, scale, window)
         else:
+            queries = torch.split(tokens[0], [prompt.lengths.query_len for prompt in prompts])
             parts = [
-                _attend_chunk(part, *caches, prompt, block_tables, scale, window, softcap)
-                for prompt, part in zip(prompts, tokens[0].split([p.lengths.query_len for p in prompts]), strict=True)
+                _attend_chunk(each, *caches, prompt, block_tables, scale, window, softcap)
+                for each, prompt in zip(queries, prompts, strict=True)
             ]
             out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         packed[first:last] = out if sinks is None else apply_sinks(out, lse, sinks)
@@ -153,9 +155,9 @@ def _attend_dense(
         else:
             slots = prompt_slots[first_key : first_key + seq_len]
             keys, values = (cache.flatten(0, 1).index_select(0, slots) for cache in (key_cache, value_cache))
-            starts = (each[i : i + 2] - each[i] for each in (query_start_loc, key_start_loc))
+            query_start, key_start = (starts[i : i + 2] - starts[i] for starts in (query_start_loc, key_start_loc))
             out, lse = dense.attend_together(
-                query[tokens], keys, values, *starts, [prompt.lengths], scale=scale, window=window
+                query[tokens], keys, values, query_start, key_start, [prompt.lengths], scale=scale, window=window
             )
         outs.append(out)
         lses.append(lse)

@@ -5,10 +5,10 @@ with. So the model's code stays its own, and a call looks like this:
 
     model(input_ids=[1, T], position_ids=[1, T], attention_inputs=batch.attention, use_cache=False)
 
-The pools hang on the attention modules as `key_cache` and `value_cache`, and the scales of a quantised one as `key_scale`
-and `value_scale`. A lookup by layer number would make the compiler specialise its graph for every layer; an attribute
-of the module makes one graph serve them all. Plain attributes and not buffers: the compiler takes a buffer's size for
-fixed, and would compile everything again when the pool gets its final size.
+The pools hang on the attention modules as `key_cache` and `value_cache`, and the scales of a quantised one as
+`key_scale` and `value_scale`. A lookup by layer number would make the compiler specialise its graph for every layer; an
+attribute of the module makes one graph serve them all. Plain attributes and not buffers: the compiler takes a buffer's
+size for fixed, and would compile everything again when the pool gets its final size.
 
 No mask is registered under our names, so transformers makes none and passes None: causality, the sliding window and
 padding are this function's business.
@@ -16,7 +16,7 @@ padding are this function's business.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def _make_forward(paged_attention: PagedAttention) -> Callable[..., tuple[Tensor
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        key_cache, value_cache = module.key_cache, module.value_cache
+        key_cache, value_cache = cast(Tensor, module.key_cache), cast(Tensor, module.value_cache)
         scales = {"k_scale": getattr(module, "key_scale", None), "v_scale": getattr(module, "value_scale", None)}
         new_key, new_value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, Hkv, D], [T, Hkv, Dv]
         write(key_cache, value_cache, new_key, new_value, attention_inputs.slot_mapping, **scales)
@@ -119,12 +119,22 @@ def _flex_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The same for the flex form, whose inputs are others."""
-    key_cache, value_cache = module.key_cache, module.value_cache
+    key_cache, value_cache = cast(Tensor, module.key_cache), cast(Tensor, module.value_cache)
     new_query, new_key, new_value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, width]
     new_key, new_value = finite_values(new_key, new_value)
     write(key_cache, value_cache, new_key, new_value, attention_inputs.slot_mapping)
-    wishes = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
-    out = attend(new_query, new_key, new_value, key_cache, value_cache, attention_inputs, **wishes)
+    out = attend(
+        new_query,
+        new_key,
+        new_value,
+        key_cache,
+        value_cache,
+        attention_inputs,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
     return out.unsqueeze(0), None  # [1, T, Hq, Dv]
 
 

@@ -69,8 +69,8 @@ class StepInFlight:
     """A step that was handed to the device, which may still be running it.
 
     Attributes:
-        sampled: [2, S] int64 on the host, a token for each of its samples, and 1 for those whose logits were no numbers,
-            or 0; not there before `copied`.
+        sampled: [2, S] int64 on the host, a token for each of its samples, and 1 for those whose logits were no
+            numbers, or 0; not there before `copied`.
         copied: when they have arrived; None on a CPU, which has run the step already.
         logprobs, prompt_logprobs: what some row wants to know of the sampled tokens and of its prompt's, and those
             tokens, still on the device; None if no row does.
@@ -196,7 +196,8 @@ class ModelRunner:
         graphs.capture(sizes, seconds=loaded.config.cudagraph_capture_seconds)
         release_unused(loaded.device)
         after = snapshot(loaded.device)
-        assert before is not None and after is not None, "on a GPU"
+        assert before is not None, "this form runs on a GPU"
+        assert after is not None, "this form runs on a GPU"
         return graphs, max(0, before.free - after.free)
 
     def _measure(self, loaded: LoadedModel) -> MemoryNeeds:
