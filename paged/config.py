@@ -126,6 +126,9 @@ class EngineConfig:
         utilization = self.gpu_memory_utilization
         if not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None and not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"cudagraph_capture_sizes must be integers >= 1, got {sizes!r}")
         space = self.swap_space
         if isinstance(space, bool) or not isinstance(space, int | float) or not 0 < space < math.inf:
             raise ValueError(f"swap_space must be a number of GiB > 0, got {space!r}")

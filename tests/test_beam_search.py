@@ -361,7 +361,7 @@ def test_logits_that_are_no_numbers_end_the_search(model, monkeypatch):
     runner = llm.engine.runner
     logits = runner._logits
     steps = itertools.count()
-    monkeypatch.setattr(runner, "_logits", lambda batch: logits(batch) * (math.nan if next(steps) == 3 else 1))
+    monkeypatch.setattr(runner, "_logits", lambda *step: logits(*step) * (math.nan if next(steps) == 3 else 1))
     (output,) = llm.beam_search({"prompt_token_ids": PROMPTS[1]}, BeamSearchParams(3, 8))
     assert [beam.finish_reason for beam in output.sequences] == ["error"] * 3
     assert all(beam.score is None and len(beam.tokens) == 6 + 3 for beam in output.sequences)

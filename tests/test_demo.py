@@ -59,15 +59,15 @@ def test_the_table_says_it_in_words(short, capsys):
 
 def test_a_wrong_token_is_exit_code_1(short, monkeypatch, capsys):
     """Plant a fault in the paged engine's attention: one key too few is seen."""
-    build = runner.BatchBuilder.build
+    tensors = runner.BatchBuilder.tensors
 
     def faulty(self, step):
-        batch = build(self, step)
+        batch = tensors(self, step)
         for group in batch.attention.groups:
             group.seq_lens.sub_((group.seq_lens > 20).int())
         return batch
 
-    monkeypatch.setattr(runner.BatchBuilder, "build", faulty)
+    monkeypatch.setattr(runner.BatchBuilder, "tensors", faulty)
     assert main(["demo", *short]) == 1
     assert "WRONG: no near tie" in capsys.readouterr().out
 

@@ -128,6 +128,7 @@ def test_a_name_can_be_used_once_at_a_time(llm):
         ({"device": "warp"}, "device must be"),
         ({"load_format": "gguf"}, "load_format must be one of"),
         ({"attention_form": "flesh"}, "attention_form must be one of"),
+        ({"cudagraph_capture_sizes": (0, 4)}, r"cudagraph_capture_sizes must be integers >= 1, got \(0, 4\)"),
         ({"seed": None}, "seed must be an integer"),
         ({"blok_size": 16}, "unknown engine argument blok_size; there are: model, tokenizer"),
     ],

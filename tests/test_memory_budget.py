@@ -296,7 +296,8 @@ def test_an_engine_measures_before_it_allocates(folders, monkeypatch):
     llm = load(folders["llama"], **settings, gpu_memory_utilization=0.00014)
     runner, ledger = llm.engine.runner, llm.memory_ledger
     size = bytes_per_block([LayerShape(2, 16, 16)] * 2, 16, torch.float32)
-    rest = ledger.weights + 100 * 128 * 6 + 2 * 2 * PAGE + 2**19
+    last_tokens = (100 + 1) * 8  # of each row, and of padding
+    rest = ledger.weights + 100 * 128 * 6 + last_tokens + 2 * 2 * PAGE + 2**19
     assert ledger.total_used - ledger.kv_pool == rest
     assert runner.num_blocks == (int(80 * GIB * 0.00014) - rest) // size < 100 * 4
     assert ledger.host_block_tables == 100 * 4 * 4

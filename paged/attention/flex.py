@@ -196,9 +196,9 @@ def paged_attention(
         return nothing_seen(query, value_cache.shape[3], torch.float32)
     if max_query_len is None:
         max_query_len = int(query_start_loc.diff().max())
-    group = query.shape[1] // num_kv_heads
+    slopes = None if alibi_slopes is None else alibi_slopes.float()
     logical_index = None
-    if alibi_slopes is not None or max_query_len > 1:
+    if slopes is not None or max_query_len > 1:
         logical_index = place_blocks(block_tables, seq_lens, key_cache.shape[0], block_size)
 
     # Queries side by side, each sequence padded to the longest; places behind the last token stand for padding.
@@ -210,49 +210,32 @@ def paged_attention(
     q = query.index_select(0, places.clamp(max=num_tokens - 1)).reshape(*is_query.shape, num_heads, -1)  # [B, Q, Hq, D]
     if padded_len == 1:
         if num_splits is None:
-            num_splits = (
-                1 if query.device.type == "cpu" else _splits_here(len(q), num_kv_heads, num_blocks, query.device)
-            )
+            num_splits = _splits_here(len(q), num_kv_heads, num_blocks, query.device)
         seen = torch.where(is_query[:, 0], seq_lens, 0)
         plan = plan_decode(block_tables, seen, block_size=block_size, window=window, num_splits=num_splits)
-        slopes = None if alibi_slopes is None else alibi_slopes.float().reshape(num_kv_heads, group)
-        out, lse = attend_decode(
-            q[:, 0],
-            key_cache,
-            value_cache,
-            plan,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=slopes,
-            logical_index=logical_index,
-        )
+        grouped = None if slopes is None else slopes.reshape(num_kv_heads, -1)
+        decodes = q[:, 0], key_cache, value_cache, plan
+        wishes: dict[str, Any] = {"alibi_slopes": grouped, "logical_index": logical_index}
+        out, lse = attend_decode(*decodes, scale=scale, window=window, softcap=softcap, **wishes)
     else:
         assert logical_index is not None, "made above"
         positions = torch.where(is_query, (seq_lens - query_lens)[:, None] + offsets, -1).int()
-        out, lse = attend_chunks(
-            q,
-            key_cache,
-            value_cache,
-            block_tables,
-            positions,
-            logical_index,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
-        )
+        chunks = q, key_cache, value_cache, block_tables, positions, logical_index
+        out, lse = attend_chunks(*chunks, scale=scale, window=window, softcap=softcap, alibi_slopes=slopes)
 
-    # Back to packed tokens, one behind them for the padding.
-    packed_out = query.new_zeros(num_tokens + 1, num_heads, out.shape[-1])
-    packed_out.index_copy_(0, places, out.reshape(-1, *packed_out.shape[1:]))
+    # Back to packed tokens.
+    out = _packed(out.flatten(0, -3), places, num_tokens, 0.0)
     if lse is None:
-        return packed_out[:-1], None
-    packed_lse = torch.full((num_tokens + 1, num_heads), -torch.inf, device=query.device)
-    packed_lse.index_copy_(0, places, lse.reshape(-1, num_heads))
-    packed_out, packed_lse = packed_out[:-1], packed_lse[:-1]
-    packed_lse[query_start_loc[-1] :] = -torch.inf
-    return (packed_out if sinks is None else apply_sinks(packed_out, packed_lse, sinks)), packed_lse
+        return out, None
+    lse = _packed(lse.flatten(0, -2), places, num_tokens, -torch.inf)
+    lse[query_start_loc[-1] :] = -torch.inf
+    return (out if sinks is None else apply_sinks(out, lse, sinks)), lse
+
+
+def _packed(padded: Tensor, places: Tensor, num_tokens: int, nothing: float) -> Tensor:
+    """Rows of sequences side by side at their tokens' places, [T, ...]; padding's place is one behind the last."""
+    packed = padded.new_full((num_tokens + 1, *padded.shape[1:]), nothing)
+    return packed.index_copy_(0, places, padded)[:-1]
 
 
 def attend_decode(
@@ -457,9 +440,10 @@ def check_limits(
 
 
 def _splits_here(batch: int, num_kv_heads: int, num_blocks: int, device: torch.device) -> int:
-    return num_splits_for(
-        batch, num_kv_heads, num_blocks, torch.cuda.get_device_properties(device).multi_processor_count
-    )
+    if device.type == "cpu":
+        return 1  # there is no log-sum-exp to merge by
+    num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return num_splits_for(batch, num_kv_heads, num_blocks, num_multiprocessors)
 
 
 def _pace(num_programs: int, num_splits: int) -> tuple[int, int]:

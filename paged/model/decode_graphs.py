@@ -85,10 +85,12 @@ class DecodeGraphs:
 
     Attributes:
         sizes: batch sizes that are captured, in order.
+        num_steps: steps that were run so far.
     """
 
     def __init__(self, forward: Forward, inputs: FlexInputsBuilder, last_token_ids: Tensor) -> None:
         self.sizes: list[int] = []
+        self.num_steps = 0
         self._forward = forward
         self._inputs = inputs
         self._last_token_ids = last_token_ids
@@ -139,6 +141,7 @@ class DecodeGraphs:
             batch[:, i] = row.row, row.end, token or 0, token is not None
         self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
         self._graphs[size].replay()
+        self.num_steps += 1
         logits, sampled = self._decoded
         return Decoded(logits[:num_rows], sampled[:, :num_rows])
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paged.attention import flex
 from paged.batch import AttentionInputs, Batch, BatchBuilder
 from paged.config import EngineConfig
 from paged.kv_pool import (
@@ -21,6 +20,7 @@ from paged.kv_pool import (
     storage_bytes,
     swap_blocks,
 )
+from paged.model.attention_form import choose_form
 from paged.model.calibration import calibrate
 from paged.model.decode_graphs import DecodeGraphs, capture_sizes
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
@@ -30,7 +30,7 @@ from paged.model.loading import LoadedModel
 from paged.model.memory_budget import most_blocks_for_flex, num_blocks_for, num_host_blocks_for
 from paged.model.memory_ledger import MemoryLedger, open_ledger
 from paged.model.memory_profile import TRIAL_BLOCKS, MemoryNeeds, measure_needs, release_unused, snapshot
-from paged.model.paged_attention import AttentionCall, find_attention
+from paged.model.paged_attention import find_attention
 from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
 from paged.transfer import to_host
@@ -115,26 +115,57 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model, config = loaded.model, loaded.config
-        assert config.max_model_len is not None, "filled in when the model was loaded"
-        self.most_gather_bytes = 0
         self._eager = loaded.device.type == "cpu" if config.enforce_eager is None else config.enforce_eager
         self._calls = find_attention(self._model)
         self.attention_form = choose_form(config, loaded, self._calls, eager=self._eager)
         windows = [call.window for call in self._calls if call.window is not None]
         self.sliding_window = max(windows) if len(windows) == len(self._calls) else None
-        shapes = [call.shape for call in self._calls]
+        self._shapes = [call.shape for call in self._calls]
         # Attention is computed in float32 at least, so that is what gathered copies are made in.
         gathered_dtype = torch.promote_types(loaded.dtype, torch.float32)
         self._most_gathered_bytes_of_a_block = max(
-            bytes_per_block([shape], config.block_size, gathered_dtype) for shape in shapes
+            bytes_per_block([shape], config.block_size, gathered_dtype) for shape in self._shapes
         )
+        self._prepare_layers(loaded)
+        self._builder = self._make_builder(loaded)
+        self._flex = self._make_flex_builder(loaded) if self.attention_form == "flex" else None
+        self.graphs: DecodeGraphs | None = None
+
+        # From here on in the order in which one thing decides the next: what steps need, then how large the pool is,
+        # and then the graphs, which hold the pool's addresses.
+        started = time.perf_counter()
+        self.most_gather_bytes = 0
+        needs = self._measure(loaded)
+        self.most_gather_bytes = 0  # by requests, not by what was run to measure
+        measured = time.perf_counter()
+        self.memory_ledger: MemoryLedger = self._open_pools(loaded, needs)
+        if self._flex is not None and self._capture_sizes(config):
+            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes(config))
+            self.memory_ledger = self.memory_ledger.with_graphs(graph_bytes)
+        self.start_up_seconds = {
+            "profile and compile": measured - started,
+            "pool and capture": time.perf_counter() - measured,
+        }
+
+    def _prepare_layers(self, loaded: LoadedModel) -> None:
+        """Make the model's layers call our attention, and compile them unless the engine is eager."""
         if loaded.kv_dtype == torch.float8_e4m3fn:
             calibrate(loaded)
         self._model.set_attn_implementation(f"paged_{self.attention_form}")
-        if not self._eager:
-            fuse_projections(self._model)
-            self._compile_layers()
-        self._builder = BatchBuilder(
+        if self._eager:
+            return
+        fuse_projections(self._model)
+        # Each decoder layer, the parent of its attention module: one graph serves them all.
+        names = {id(module): name for name, module in self._model.named_modules()}
+        for call in self._calls:
+            layer = self._model.get_submodule(names[id(call.module)].rpartition(".")[0])
+            layer.compile(fullgraph=True, dynamic=True, options=COMPILE_OPTIONS)
+
+    def _make_builder(self, loaded: LoadedModel) -> BatchBuilder:
+        """What turns Steps into tensors."""
+        config = loaded.config
+        assert config.max_model_len is not None, "filled in when the model was loaded"
+        return BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             block_size=config.block_size,
@@ -143,43 +174,19 @@ class ModelRunner:
             fine_groups=self._eager and self.attention_form == "gathered",
             with_groups=self.attention_form != "flex",
         )
-        self._flex: FlexInputsBuilder | None = None
-        if self.attention_form == "flex":
-            self._flex = FlexInputsBuilder(
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=config.max_model_len,
-                block_size=config.block_size,
-                num_kv_heads=max(shape.num_kv_heads for shape in shapes),
-                windows=[call.window for call in self._calls],
-                device=loaded.device,
-            )
-        self.graphs: DecodeGraphs | None = None
 
-        started = time.perf_counter()
-        needs = self._measure(loaded)
-        most_blocks = most_blocks_for_flex(shapes, config.block_size) if self._flex is not None else None
-        self.num_blocks = num_blocks_for(config, shapes, loaded.kv_dtype, needs, most_blocks=most_blocks)
-        measured = time.perf_counter()
-        self._allocate(self.num_blocks, loaded)
-        self.num_host_blocks = num_host_blocks_for(config, bytes_per_block(shapes, config.block_size, loaded.kv_dtype))
-        self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
-        self.most_gather_bytes = 0
-        self.memory_ledger: MemoryLedger = open_ledger(
-            config,
-            needs,
-            num_blocks=self.num_blocks,
-            kv_pool=self.kv_cache_bytes,
-            host_swap_pool=storage_bytes(tensor for cache in self._host_caches for tensor in cache),
-            host_block_tables=0 if loaded.memory_at_start is None else self.block_table_bytes,
-            most_blocks=most_blocks,
+    def _make_flex_builder(self, loaded: LoadedModel) -> FlexInputsBuilder:
+        """What keeps block tables on the device, for the flex form."""
+        config = loaded.config
+        assert config.max_model_len is not None, "filled in when the model was loaded"
+        return FlexInputsBuilder(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            num_kv_heads=max(shape.num_kv_heads for shape in self._shapes),
+            windows=[call.window for call in self._calls],
+            device=loaded.device,
         )
-        if self._flex is not None and self._capture_sizes(config):
-            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes(config))
-            self.memory_ledger = self.memory_ledger.with_graphs(graph_bytes)
-        self.start_up_seconds = {
-            "profile and compile": measured - started,
-            "pool and capture": time.perf_counter() - measured,
-        }
 
     @staticmethod
     def _capture_sizes(config: EngineConfig) -> list[int]:
@@ -218,7 +225,7 @@ class ModelRunner:
             weights=[*self._model.parameters(), *self._model.buffers()],
             buffers=self._builder.sampling_state_bytes
             + (self.block_table_bytes if on_cpu else storage_bytes(on_device)),
-            block_bytes=bytes_per_block([call.shape for call in self._calls], config.block_size, loaded.kv_dtype),
+            block_bytes=bytes_per_block(self._shapes, config.block_size, loaded.kv_dtype),
             num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
             run_largest_steps=run_largest_steps,
         )
@@ -231,6 +238,25 @@ class ModelRunner:
         release_unused(loaded.device)
         return needs
 
+    def _open_pools(self, loaded: LoadedModel, needs: MemoryNeeds) -> MemoryLedger:
+        """The pool, as large as the needs leave room for, the one in host memory, and the ledger of it all."""
+        config = loaded.config
+        most_blocks = None if self._flex is None else most_blocks_for_flex(self._shapes, config.block_size)
+        self.num_blocks = num_blocks_for(config, self._shapes, loaded.kv_dtype, needs, most_blocks=most_blocks)
+        self._allocate(self.num_blocks, loaded)
+        block_bytes = bytes_per_block(self._shapes, config.block_size, loaded.kv_dtype)
+        self.num_host_blocks = num_host_blocks_for(config, block_bytes)
+        self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
+        return open_ledger(
+            config,
+            needs,
+            num_blocks=self.num_blocks,
+            kv_pool=self.kv_cache_bytes,
+            host_swap_pool=storage_bytes(tensor for cache in self._host_caches for tensor in cache),
+            host_block_tables=0 if loaded.memory_at_start is None else self.block_table_bytes,
+            most_blocks=most_blocks,
+        )
+
     def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
         """Give every attention module a cache of so many blocks; what it had is let go."""
         self.caches: list[LayerCache] = []
@@ -238,7 +264,7 @@ class ModelRunner:
             try:
                 cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.kv_dtype, loaded.device)
             except RuntimeError as error:
-                size = bytes_per_block([c.shape for c in self._calls], loaded.config.block_size, loaded.kv_dtype)
+                size = bytes_per_block(self._shapes, loaded.config.block_size, loaded.kv_dtype)
                 raise ValueError(
                     f"a pool of {num_blocks:,} blocks takes {num_blocks * size:,} bytes, more than {loaded.device} has "
                     "left; give it fewer (num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization)"
@@ -250,6 +276,11 @@ class ModelRunner:
             self.caches.append(cache)
         if self._flex is not None:
             self._flex.set_trash_block(num_blocks - 1)
+
+    @property
+    def num_graph_steps(self) -> int:
+        """Steps that were run as a CUDA graph so far, instead of one kernel at a time."""
+        return 0 if self.graphs is None else self.graphs.num_steps
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -336,39 +367,8 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _compile_layers(self) -> None:
-        """Compile each decoder layer, the parent of its attention module: one graph serves them all."""
-        names = {id(module): name for name, module in self._model.named_modules()}
-        for call in self._calls:
-            layer = self._model.get_submodule(names[id(call.module)].rpartition(".")[0])
-            layer.compile(fullgraph=True, dynamic=True, options=COMPILE_OPTIONS)
-
 
 def _on_its_way_to_host(sampled: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The same numbers on the host, and when they are there; None if they are there already."""
     on_host = to_host(sampled)
     return on_host, torch.cuda.current_stream().record_event() if sampled.is_cuda else None
-
-
-def choose_form(config: EngineConfig, loaded: LoadedModel, calls: list[AttentionCall], *, eager: bool) -> str:
-    """The form of attention that a model is served with.
-
-    Raises:
-        ValueError: "flex" was asked for and cannot serve the model, with the reason.
-    """
-    form = config.attention_form
-    if form not in ("auto", "flex"):
-        return form
-    reason = None
-    if eager or loaded.device.type != "cuda":
-        reason = "it runs compiled on a GPU, and this engine is eager or on a CPU"
-    elif loaded.kv_dtype != loaded.dtype or loaded.dtype == torch.float64:
-        reason = f"it reads no cache of {loaded.kv_dtype} for a model of {loaded.dtype}"
-    else:
-        widths = [width for call in calls for width in (call.shape.head_dim, call.shape.value_dim)]
-        reason = flex.unfit(config.block_size, widths)
-    if form == "flex" and reason is not None:
-        raise ValueError(f"attention_form='flex' cannot be used here: {reason}; use 'auto'")
-    if reason is None:
-        return "flex"
-    return "gathered" if eager else "fused"
