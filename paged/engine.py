@@ -242,7 +242,8 @@ class Engine:
         self._in_flight.popleft()
         if result is None:
             return [self._output(request) for request in self.scheduler.fail(step)]
-        self._take_prompt_logprobs(step, result)
+        if result.prompt_logprobs:
+            self._take_prompt_logprobs(step, result)
         grown: dict[str, Request] = {}
         for i, owner in enumerate(self.scheduler.update(step, result.token_ids)):
             if owner is not None:

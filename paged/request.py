@@ -189,7 +189,7 @@ class Request:
     @property
     def is_finished(self) -> bool:
         """Whether every sequence has ended."""
-        return all(sequence.is_finished for sequence in self.sequences)
+        return not self.unfinished
 
     @property
     def unfinished(self) -> list[Sequence]:
@@ -208,16 +208,18 @@ class Request:
 
     def will_end(self, sequence: Sequence) -> bool:
         """Whether the token that is pending is the last one of `sequence`, whatever it will be."""
-        return sequence.length - sequence.num_prompt_tokens >= self.max_tokens
+        return len(sequence.token_ids) + sequence.num_pending_tokens - sequence.num_prompt_tokens >= self.max_tokens
 
     def banned_token_ids(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that `sequence` must not get next: what would end it too early, and the ends of bad words."""
         banned: set[int] = set()
         if sequence.num_output_tokens < self.sampling_params.min_tokens:
             banned |= self.eos_token_ids | self.stop_token_ids
-        output = sequence.output_token_ids
+        tokens = sequence.token_ids
         for *beginning, last in self.bad_words:
-            if output[len(output) - len(beginning) :] == beginning:
+            # Only the end is looked at, so that a step costs the same however long the output is.
+            start = len(tokens) - len(beginning)
+            if start >= sequence.num_prompt_tokens and tokens[start:] == beginning:
                 banned.add(last)
         return tuple(sorted(banned))
 

@@ -134,9 +134,11 @@ class DecodeGraphs:
         size = next(size for size in self.sizes if size >= num_rows)
         batch = np.zeros((4, size), np.int64)
         batch[0] = self._inputs.padded_row
-        for i, row in enumerate(step.rows):
-            (token,) = row.token_ids
-            batch[:, i] = row.row, row.end, token or 0, token is not None
+        tokens = [row.token_ids[0] for row in step.rows]
+        batch[0, :num_rows] = [row.row for row in step.rows]
+        batch[1, :num_rows] = [row.start + 1 for row in step.rows]
+        batch[2, :num_rows] = [token or 0 for token in tokens]
+        batch[3, :num_rows] = [token is not None for token in tokens]
         self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
         self._graphs[size].replay()
         logits, sampled = self._decoded
