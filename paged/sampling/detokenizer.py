@@ -17,6 +17,9 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens of context that decoding starts from: enough that the first new one is not taken for the start of a text.
 CONTEXT = 5
 
+# Of a character, and so of tokens that it can be spread over.
+MOST_BYTES = 4
+
 
 class Tokenizer(Protocol):
     """The one method of a transformers tokenizer that is used here."""
@@ -80,19 +83,20 @@ class Detokenizer:
 
     def _catch_up(self, *, is_end: bool = False) -> None:
         """Decode the tokens that are not in the text yet, however many, as far as their last character is complete."""
-        end = len(self._token_ids)
-        if self._read == end:
+        num_tokens = len(self._token_ids)
+        if self._read == num_tokens:
             return
         if self._known is None:
             self._known = self._decode(self._prefix, self._read)
-        longer = self._decode(self._prefix, end)
-        if not is_end and (len(longer) <= len(self._known) or longer.endswith(REPLACEMENT)):
-            return
-        self._extend(longer[len(self._known) :])
-        self._known = longer
-        if end - self._prefix > 2 * CONTEXT:  # the context need not become longer
-            self._prefix, self._known = self._read, None
-        self._read = end
+        for end in range(num_tokens, max(self._read, num_tokens - MOST_BYTES), -1):
+            longer = self._decode(self._prefix, end)
+            if is_end or (len(longer) > len(self._known) and not longer.endswith(REPLACEMENT)):
+                self._extend(longer[len(self._known) :])
+                self._known = longer
+                if end - self._prefix > 2 * CONTEXT:  # the context need not become longer
+                    self._prefix, self._known = self._read, None
+                self._read = end
+                return
 
     def _extend(self, piece: str) -> None:
         """Add a piece of text and look for a stop string that ends in it; the one that is complete first wins."""
