@@ -40,6 +40,7 @@ class Answers:
         # Text that could still become a stop string is not given out before it is known not to.
         longest = max((len(stop) for stop in params.stop_strings), default=0)
         self._held_back = 0 if params.include_stop_str_in_output else max(0, longest - 1)
+        self._gives_what_is_new = params.output_kind is RequestOutputKind.DELTA
         self._given = [(0, 0) for _ in request.sequences]  # tokens and characters given out, for DELTA
 
     def append(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> str | None:
@@ -81,7 +82,7 @@ class Answers:
         if not sequence.is_finished and self._held_back:
             text = text[: max(0, len(text) - self._held_back)]
         logprobs, num_tokens = self._logprobs[index], 0
-        if params.output_kind is RequestOutputKind.DELTA:
+        if self._gives_what_is_new:
             num_tokens, num_characters = self._given[index]
             self._given[index] = (sequence.num_output_tokens, len(text))
             text, logprobs = text[num_characters:], logprobs[num_tokens:]

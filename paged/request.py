@@ -27,7 +27,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from paged.blocks import BlockTable, CachedBlock
-from paged.sampling_params import SamplingParams
+from paged.sampling_params import RequestOutputKind, SamplingParams
 
 
 class FinishReason(enum.StrEnum):
@@ -139,6 +139,7 @@ class Request:
         is_beam_search: whether the sequences are beams.
         may_ban: whether `banned_token_ids` is ever not empty.
         is_simple: whether the step behind one of its own can be planned before that one's token is known.
+        is_told_at_end: whether nobody wants to see anything of it before its end.
         num_cached_tokens: prompt tokens that were found computed when it was first admitted; None before.
 
     Example:
@@ -183,6 +184,7 @@ class Request:
         self.arrival = 0
         self.num_preemptions = 0
         self.num_cached_tokens: int | None = None
+        self.is_told_at_end = sampling_params.output_kind is RequestOutputKind.FINAL_ONLY
         self.may_ban = bool(self.bad_words) or sampling_params.min_tokens > 0
         self.is_simple = self._is_simple()
 

@@ -54,7 +54,8 @@ def capture_order(sizes: Iterable[int]) -> list[int]:
 
 def can_be_captured(step: Step) -> bool:
     """Whether a step is of the kind that is captured: every row computes one token and gets one."""
-    return all(len(row.token_ids) == 1 and len(row.samples) == 1 and not row.prompt_targets for row in step.rows)
+    others = [row for row in step.rows if len(row.token_ids) != 1 or len(row.samples) != 1 or row.prompt_targets]
+    return not others
 
 
 def _tuned_for(size: int) -> AbstractContextManager[object]:

@@ -93,7 +93,7 @@ class Detokenizer:
             if is_end or (len(longer) > len(self._known) and not longer.endswith(REPLACEMENT)):
                 self._extend(longer[len(self._known) :])
                 self._known = longer
-                if end - self._prefix > 2 * CONTEXT:  # the context need not become longer
+                if end - self._prefix > CONTEXT:  # the context need not become longer
                     self._prefix, self._known = self._read, None
                 self._read = end
                 return
