@@ -40,6 +40,7 @@ class Answers:
         # Text that could still become a stop string is not given out before it is known not to.
         longest = max((len(stop) for stop in params.stop_strings), default=0)
         self._held_back = 0 if params.include_stop_str_in_output else max(0, longest - 1)
+        self._gives_what_is_new = params.output_kind is RequestOutputKind.DELTA
         self._given = [(0, 0) for _ in request.sequences]  # tokens and characters given out, for DELTA
 
     def append(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> str | None:
@@ -55,11 +56,10 @@ class Answers:
             self._cumulative[index] += logprobs.logprob
         if not self._texts:
             return None
-        text = self._texts[index]
-        ended_by_token = sequence.finish_reason is FinishReason.STOP
-        if not ended_by_token:  # a token that ends the output is no part of its text
+        text, reason = self._texts[index], sequence.finish_reason
+        if reason is not FinishReason.STOP:  # a token that ends the output is no part of its text
             text.append(token)
-        if sequence.is_finished:
+        if reason is not None:
             text.finish()
         return text.stop_string
 
@@ -81,11 +81,13 @@ class Answers:
         text = self._texts[index].text if self._texts else ""
         if not sequence.is_finished and self._held_back:
             text = text[: max(0, len(text) - self._held_back)]
-        tokens, logprobs = sequence.output_token_ids, self._logprobs[index]
-        if params.output_kind is RequestOutputKind.DELTA:
+        logprobs, num_tokens = self._logprobs[index], 0
+        if self._gives_what_is_new:
             num_tokens, num_characters = self._given[index]
-            self._given[index] = (len(tokens), len(text))
-            tokens, text, logprobs = tokens[num_tokens:], text[num_characters:], logprobs[num_tokens:]
+            self._given[index] = (sequence.num_output_tokens, len(text))
+            text, logprobs = text[num_characters:], logprobs[num_tokens:]
+        # What was given out before is not even looked at, so that a step costs the same however long the output is.
+        tokens = sequence.token_ids[sequence.num_prompt_tokens + num_tokens :]
         return CompletionOutput(
             index=index,
             text=text,

@@ -242,21 +242,21 @@ class Engine:
         self._in_flight.popleft()
         if result is None:
             return [self._output(request) for request in self.scheduler.fail(step)]
-        self._take_prompt_logprobs(step, result)
+        if result.prompt_logprobs:
+            self._take_prompt_logprobs(step, result)
         grown: dict[str, Request] = {}
-        for i, owner in enumerate(self.scheduler.update(step, result.token_ids)):
+        owners = self.scheduler.update(step, result.token_ids)
+        for i, (owner, token) in enumerate(zip(owners, result.token_ids, strict=True)):
             if owner is not None:
                 request, sequence = owner
                 grown[request.request_id] = request
-                if result.token_ids[i] is not None:
+                if token is not None:
                     self._append(request, sequence, result, i)
         for request in grown.values():
             if request.is_beam_search and not request.is_finished:
                 self._branch(request)
         return [
-            self._output(request)
-            for request in grown.values()
-            if request.is_finished or request.sampling_params.output_kind is not RequestOutputKind.FINAL_ONLY
+            self._output(request) for request in grown.values() if not request.is_told_at_end or request.is_finished
         ]
 
     def _drop_useless_steps(self) -> None:

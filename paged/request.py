@@ -27,7 +27,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from paged.blocks import BlockTable, CachedBlock
-from paged.sampling_params import SamplingParams
+from paged.sampling_params import RequestOutputKind, SamplingParams
 
 
 class FinishReason(enum.StrEnum):
@@ -139,6 +139,7 @@ class Request:
         is_beam_search: whether the sequences are beams.
         may_ban: whether `banned_token_ids` is ever not empty.
         is_simple: whether the step behind one of its own can be planned before that one's token is known.
+        is_told_at_end: whether nobody wants to see anything of it before its end.
         num_cached_tokens: prompt tokens that were found computed when it was first admitted; None before.
 
     Example:
@@ -183,13 +184,14 @@ class Request:
         self.arrival = 0
         self.num_preemptions = 0
         self.num_cached_tokens: int | None = None
+        self.is_told_at_end = sampling_params.output_kind is RequestOutputKind.FINAL_ONLY
         self.may_ban = bool(self.bad_words) or sampling_params.min_tokens > 0
         self.is_simple = self._is_simple()
 
     @property
     def is_finished(self) -> bool:
         """Whether every sequence has ended."""
-        return all(sequence.is_finished for sequence in self.sequences)
+        return not self.unfinished
 
     @property
     def unfinished(self) -> list[Sequence]:
@@ -208,16 +210,18 @@ class Request:
 
     def will_end(self, sequence: Sequence) -> bool:
         """Whether the token that is pending is the last one of `sequence`, whatever it will be."""
-        return sequence.length - sequence.num_prompt_tokens >= self.max_tokens
+        return len(sequence.token_ids) + sequence.num_pending_tokens - sequence.num_prompt_tokens >= self.max_tokens
 
     def banned_token_ids(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that `sequence` must not get next: what would end it too early, and the ends of bad words."""
         banned: set[int] = set()
         if sequence.num_output_tokens < self.sampling_params.min_tokens:
             banned |= self.eos_token_ids | self.stop_token_ids
-        output = sequence.output_token_ids
+        tokens = sequence.token_ids
         for *beginning, last in self.bad_words:
-            if output[len(output) - len(beginning) :] == beginning:
+            # Only the end is looked at, so that a step costs the same however long the output is.
+            start = len(tokens) - len(beginning)
+            if start >= sequence.num_prompt_tokens and tokens[start:] == beginning:
                 banned.add(last)
         return tuple(sorted(banned))
 

@@ -204,12 +204,18 @@ class Scheduler:
             >>> _ = scheduler.update(first, [8])
             >>> scheduler.schedule_ahead(second)                     # it is about to end
         """
-        owned = [(row, owner) for row in step.rows if (owner := self.owner(row)) is not None]
         if step.preempted or step.short_of_blocks:
             return None
-        if any(not request.is_simple or len(row.samples) > 1 for row, (request, _) in owned):
-            return None
-        for row, (_, sequence) in owned:
+        owned = []
+        for row in step.rows:
+            owner = self.owner(row)
+            if owner is None:
+                continue
+            request, sequence = owner
+            if not request.is_simple or len(row.samples) > 1:
+                return None
+            owned.append((row, sequence))
+        for row, sequence in owned:
             sequence.num_computed_tokens = row.end
             sequence.num_pending_tokens = len(row.samples)
         ahead = self._fill(StepDraft(self.max_num_batched_tokens, is_ahead=True))
@@ -240,8 +246,7 @@ class Scheduler:
         grown: list[tuple[Request, Sequence] | None] = []
         first = 0
         for row in step.rows:
-            num_samples = len(row.samples)
-            tokens = token_ids[first : first + num_samples]
+            num_samples, place = len(row.samples), first
             first += num_samples
             owner = self.owner(row)
             if owner is None:
@@ -250,10 +255,14 @@ class Scheduler:
             request, sequence = owner
             self._computed(request, sequence, row.start, row.end)
             sequence.num_pending_tokens = 0
-            if num_samples:
-                followers = request.followers if num_samples > 1 else ()
+            if num_samples == 1:
+                self._receive(request, sequence, token_ids[place])
+                grown.append(owner)
+            elif num_samples:
+                followers = request.followers
                 for follower in followers:  # before the leader may end and let go of its blocks
                     self.kv.follow(sequence, follower)
+                tokens = token_ids[place:first]
                 for receiver, token in zip((sequence, *followers), tokens, strict=True):
                     self._receive(request, receiver, token)
                     grown.append((request, receiver))
@@ -322,8 +331,12 @@ class Scheduler:
         position = 0
         while position < len(self.running) and draft.budget > 0:  # the list may become shorter under way
             request = self.running[position]
+            position += 1
+            if self._decodes_in_place(request):
+                draft.plan_decode(request, request.sequences[0])
+                continue
             writes = self._writes(request, draft)
-            needs_blocks = False  # mostly it is a decode inside a block of its own, for which nothing has to be found
+            needs_blocks = False
             for sequence, end in writes:
                 if not sequence.block_table.is_writable(sequence.num_computed_tokens, end):
                     needs_blocks = True
@@ -339,17 +352,35 @@ class Scheduler:
                 start = sequence.num_computed_tokens
                 change = sequence.block_table.prepare_write(start, end) if needs_blocks else None
                 draft.plan(request, sequence, end, change)
-            position += 1
+
+    def _decodes_in_place(self, request: Request) -> bool:
+        """Whether all that a request computes is its latest token, in a block of its own that the batch knows of.
+
+        That is so for nearly every row of nearly every step. Nothing has to be found then, and its plan is short.
+        """
+        if len(request.sequences) > 1:
+            return False
+        (sequence,) = request.sequences
+        start, table = sequence.num_computed_tokens, sequence.block_table
+        return (
+            start + 1 == sequence.length
+            and not request.will_end(sequence)
+            and sequence.num_told_blocks == len(table.blocks)
+            and table.is_writable(start, start + 1)
+        )
 
     def _admit_waiting(self, draft: StepDraft) -> None:
         """Admit waiting requests in order, as long as the next one fits as a whole."""
         while self.waiting and draft.budget > 0:
             request = self.waiting[0]
-            placement = self.kv.placement(request)
             leader, num_sequences = request.unfinished[0], len(request.unfinished)
-            num_spare = self.spare_blocks_per_seq * sum(len(r.unfinished) for r in self.running)
-            if num_sequences > len(self._free_rows) or placement.num_blocks + num_spare > self.pool.num_free:
+            # Rows first: while all are taken, a step should not look the head's prompt up in the prefix cache.
+            if num_sequences > len(self._free_rows):
                 return  # nobody overtakes the head of the queue, or a long prompt would wait forever
+            placement = self.kv.placement(request)
+            num_spare = self.spare_blocks_per_seq * sum(len(r.unfinished) for r in self.running)
+            if placement.num_blocks + num_spare > self.pool.num_free:
+                return
             start = leader.num_computed_tokens or len(placement.found[0]) * self.block_size
             if self._chunk(request, leader, draft, draft.budget, start) == 0:
                 return
@@ -368,15 +399,6 @@ class Scheduler:
     def _writes(self, request: Request, draft: StepDraft) -> list[tuple[Sequence, int]]:
         """What a running request computes in this step: its sequences, and how far each of them gets."""
         budget = draft.budget
-        if len(request.sequences) == 1:  # as most requests are, and most of them decode: this is kept short
-            (sequence,) = request.sequences
-            if request.will_end(sequence):
-                return []
-            length = sequence.length
-            if sequence.num_computed_tokens + 1 == length:
-                return [(sequence, length)] if budget > 0 else []
-            num_tokens = self._chunk(request, sequence, draft, budget)
-            return [(sequence, sequence.num_computed_tokens + num_tokens)] if num_tokens else []
         sequences = self._ready(request)
         if request.is_beam_search:
             # Beams are compared with each other, so their last tokens are computed together or not at all.

@@ -1,6 +1,7 @@
 """A Step while it is planned: what the scheduler decides about requests, written down for whoever runs it."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 from paged.blocks import BlockCopy, TableChange
 from paged.request import Request, Sequence
@@ -83,6 +84,17 @@ class StepDraft:
         )
         self.budget -= end - start
 
+    def plan_decode(self, request: Request, sequence: Sequence) -> None:
+        """A sequence, the only one of its request, computes its latest token, and nothing has to be done before."""
+        start, row = sequence.num_computed_tokens, sequence.row
+        assert row is not None, "only a sequence with a row is planned"
+        token = None if start == len(sequence.token_ids) else sequence.token_ids[start]
+        samples = (_sample(request, sequence),) if request.may_ban else _plain_sample(row)
+        self._singles.append(
+            RowPlan(request.request_id, sequence.index, row, start, (token,), None, samples, (), request.arrival)
+        )
+        self.budget -= 1
+
     def finish(self) -> Step:
         """The Step."""
         # In order of length, so that whoever pads contexts to the longest can take neighbours together.
@@ -98,6 +110,12 @@ class StepDraft:
             preempted=tuple(self.preempted),
             short_of_blocks=self.short_of_blocks,
         )
+
+
+@cache
+def _plain_sample(row: int) -> tuple[Sample]:
+    """The one sample of a row that bans nothing: the same in every step."""
+    return (Sample(row),)
 
 
 def _sample(request: Request, sequence: Sequence) -> Sample:

@@ -89,7 +89,8 @@ class Wishes:
 
     def take_largest(self, samples: Sequence[Sample]) -> bool:
         """Whether each of these samples is simply the most likely token, and nothing else is asked about it."""
-        return not any(sample.row in self._wishing or sample.banned_token_ids for sample in samples)
+        banning = [sample for sample in samples if sample.banned_token_ids]
+        return not banning and self._wishing.isdisjoint([sample.row for sample in samples])
 
     def inputs(self, samples: Sequence[Sample], positions: np.ndarray) -> SamplingInputs:
         """What the sampler needs to know.

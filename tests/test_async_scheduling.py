@@ -423,3 +423,47 @@ def test_launching_a_decode_step_does_not_wait_for_the_gpu(settings, folders, mo
     monkeypatch.setattr(llm.engine.runner, "launch", without_waiting)
     assert tokens_of(llm.generate(prompts, params)) == expected
     assert len(guarded) > 10
+
+
+# --- what a step costs the host ---------------------------------------------------------------------------------------
+
+
+class Watched(list):
+    """Tokens that note the longest slice anybody takes of them."""
+
+    longest = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            Watched.longest = max(Watched.longest, len(found))
+        return found
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY])
+@pytest.mark.parametrize("wishes", [{}, {"bad_words": ["the end"], "min_tokens": 50}], ids=str)
+def test_a_step_looks_at_few_tokens_however_many_there_are(kind, wishes, monkeypatch):
+    """One block's tokens at most, which the prefix cache takes."""
+    engine = tiny(async_scheduling=True, block_size=8).engine
+    engine.add_request("a", [1, 2], replace(GREEDY, max_tokens=50, output_kind=kind, **wishes))
+    engine.step()
+    monkeypatch.setattr(Watched, "longest", 0)
+    (sequence,) = engine.scheduler.running[0].sequences
+    sequence.token_ids = Watched(sequence.token_ids)
+    for _ in range(45):
+        engine.step()
+    assert 0 < Watched.longest <= 8
+    (output,) = run_to_the_end(engine)[-1:]
+    assert output.finished
+
+
+def test_text_that_nobody_wants_before_the_end_is_decoded_at_the_end(monkeypatch):
+    engine = tiny(async_scheduling=True).engine
+    calls, decode = [], type(engine.tokenizer).decode
+    noted = lambda self, *arguments, **named: calls.append(1) or decode(self, *arguments, **named)  # noqa: E731
+    monkeypatch.setattr(type(engine.tokenizer), "decode", noted)
+    params = replace(GREEDY, max_tokens=30, output_kind=RequestOutputKind.FINAL_ONLY)
+    engine.add_request("a", [1, 2], params)
+    (output,) = run_to_the_end(engine)
+    assert len(calls) == 2
+    assert output.outputs[0].text == engine.tokenizer.decode(list(output.outputs[0].token_ids))

@@ -11,6 +11,7 @@ from pathlib import Path
 import attention
 import common
 import decode_step
+import host_time
 import pytest
 import report
 import start_up
@@ -409,3 +410,16 @@ def test_all_engines_serve_the_same_requests():
     for row in (paged, naive, static):
         assert row["total_per_second"] == pytest.approx((20 + 7 + 32 + 8 + 3 + 5) / row["seconds"])
         assert row["output_per_second"] == pytest.approx(16 / row["seconds"])
+
+
+def test_host_time_is_measured_part_by_part(monkeypatch):
+    monkeypatch.setattr(host_time, "BATCHES", (1, 3))
+    found = host_time.measure(smoke=True)
+    assert min(found.values()) >= 0
+    parts = [value for name, value in found.items() if name.startswith("parts") and name.endswith(" 3")]
+    assert sum(parts[:-1]) > parts[-1] / 2, "most of a step is in some part"
+    slower = {name: 2 * value for name, value in found.items()}
+    assert host_time.lowest([slower, found]) == found
+    table = host_time.table("parts", "part", found | {"parts | all | 3": 50.0}, slower | {"parts | all | 3": 100.0})
+    assert "| part | 1 | 3 |" in table
+    assert "100 → 50 (2.0) |" in table

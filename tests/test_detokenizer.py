@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paged.sampling import Detokenizer
+from paged.sampling.detokenizer import CONTEXT
 
 
 class Bytes:
@@ -66,3 +67,49 @@ def test_the_stop_string_that_is_complete_first_wins(text, stop):
 def test_the_prompt_is_not_searched(prompt):
     detokenizer = grow("p stop", ("stop",), prompt=prompt)[1]
     assert detokenizer.text == "p "
+
+
+class Counting(Bytes):
+    """Notes how many tokens are decoded in each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        self.calls.append(len(token_ids))
+        return super().decode(token_ids, skip_special_tokens)
+
+
+@given(st.text(), st.text(max_size=3), st.data())
+def test_text_is_the_same_whenever_it_is_looked_at(text, prompt, data):
+    text = text.replace("\N{REPLACEMENT CHARACTER}", "?")
+    detokenizer = Detokenizer(Bytes(), tuple(prompt.encode()))
+    looks = data.draw(st.lists(st.booleans(), min_size=len(text.encode()), max_size=len(text.encode())))
+    for i, token in enumerate(text.encode()):
+        detokenizer.append(token)
+        if looks[i]:
+            assert detokenizer.text == text.encode()[: i + 1].decode(errors="ignore")
+    detokenizer.finish()
+    assert detokenizer.text == text
+
+
+def test_tokens_nobody_looks_at_are_decoded_at_once():
+    tokenizer = Counting()
+    detokenizer = Detokenizer(tokenizer, tuple(b"before"))
+    for token in b"x" * 1000:
+        detokenizer.append(token)
+    assert tokenizer.calls == []
+    detokenizer.finish()
+    assert detokenizer.text == "x" * 1000
+    assert tokenizer.calls == [5, 1005], "the context, then the context with all of the output"
+
+
+@pytest.mark.parametrize("stop", [(), ("never",)])
+def test_a_token_costs_the_same_however_long_the_text_is(stop):
+    tokenizer = Counting()
+    detokenizer = Detokenizer(tokenizer, (), stop)
+    for i, token in enumerate(b"some words " * 100, 1):
+        detokenizer.append(token)
+        assert len(detokenizer.text) == i
+    assert len(tokenizer.calls) < 1.5 * i, "less than two decodings for each token"
+    assert max(tokenizer.calls) <= CONTEXT + 1

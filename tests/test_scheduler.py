@@ -13,6 +13,7 @@ from paged.blocks import blocks_for
 from paged.request import Branch, Request
 from paged.sampling_params import SamplingParams
 from paged.scheduler import Scheduler
+from paged.step import Step
 from paged.step_draft import StepDraft
 
 logger = logging.getLogger(__name__)
@@ -743,3 +744,45 @@ def test_what_can_never_run_is_refused():
 
 def test_the_stand_in_model_depends_on_every_token():
     assert alone([1, 2, 3], 5, None) != alone([2, 2, 3], 5, None)
+
+
+def test_the_short_plan_of_a_decode_says_the_same(pytestconfig, monkeypatch):
+    """`plan_decode` gives what `plan` gives, and is what plans most decodes."""
+    num_short = 0
+    plan_decode, finish = StepDraft.plan_decode, StepDraft.finish
+    steps: list[Step] = []
+
+    def counted(draft, request, sequence):
+        nonlocal num_short
+        num_short += 1
+        plan_decode(draft, request, sequence)
+
+    def noted(draft):
+        steps.append(finish(draft))
+        return steps[-1]
+
+    monkeypatch.setattr(StepDraft, "finish", noted)
+    for seed in range(pytestconfig.getoption("--schedules") // 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(StepDraft, "plan_decode", counted)
+            random_simulation(seed).run()
+        short, steps = steps, []
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "_decodes_in_place", lambda scheduler, request: False)
+            random_simulation(seed).run()
+        assert short == steps, f"random_simulation({seed})"
+        steps = []
+    assert num_short > 0
+
+
+def test_nobody_is_looked_up_while_all_rows_are_taken(monkeypatch):
+    scheduler = Scheduler(num_blocks=100, block_size=4, max_num_seqs=2, max_num_batched_tokens=50)
+    for i in range(4):
+        table = scheduler.new_block_table()
+        scheduler.add(Request(str(i), [i, 5], SamplingParams(), block_table=table, seed=0, max_tokens=10))
+    asked, placement = [], scheduler.kv.placement
+    monkeypatch.setattr(scheduler.kv, "placement", lambda request: asked.append(request) or placement(request))
+    while any(request.request_id == "0" for request in (*scheduler.waiting, *scheduler.running)):
+        step = scheduler.schedule()
+        scheduler.update(step, [1] * len(step.rows))
+    assert [request.request_id for request in asked] == ["0", "1"], "each when there was a row for it"

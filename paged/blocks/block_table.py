@@ -186,8 +186,13 @@ def num_blocks_to_write(pool: BlockPool, writes: Iterable[tuple[BlockTable, int,
         (1, 1)
     """
     growth = 0
-    writers: Counter[int] = Counter()
+    shared = []
     for table, start, end in writes:
         growth += max(0, blocks_for(end, table.block_size) - len(table.blocks))
-        writers.update(table.blocks[index] for index in table.shared_between(start, end))
-    return growth + sum(min(count, pool.ref_count(block) - 1) for block, count in writers.items())
+        shared += [table.blocks[index] for index in table.shared_between(start, end)]
+    return growth + sum(min(count, pool.ref_count(block) - 1) for block, count in _counted(shared))
+
+
+def _counted(blocks: list[int]) -> Iterable[tuple[int, int]]:
+    """Each block and how often it occurs."""
+    return Counter(blocks).items() if blocks else ()  # a decode asks this for every new block, and mostly shares none

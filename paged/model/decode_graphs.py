@@ -54,7 +54,8 @@ def capture_order(sizes: Iterable[int]) -> list[int]:
 
 def can_be_captured(step: Step) -> bool:
     """Whether a step is of the kind that is captured: every row computes one token and gets one."""
-    return all(len(row.token_ids) == 1 and len(row.samples) == 1 and not row.prompt_targets for row in step.rows)
+    others = [row for row in step.rows if len(row.token_ids) != 1 or len(row.samples) != 1 or row.prompt_targets]
+    return not others
 
 
 def _tuned_for(size: int) -> AbstractContextManager[object]:
@@ -136,9 +137,11 @@ class DecodeGraphs:
         size = next(size for size in self.sizes if size >= num_rows)
         batch = np.zeros((4, size), np.int64)
         batch[0] = self._inputs.padded_row
-        for i, row in enumerate(step.rows):
-            (token,) = row.token_ids
-            batch[:, i] = row.row, row.end, token or 0, token is not None
+        tokens = [row.token_ids[0] for row in step.rows]
+        batch[0, :num_rows] = [row.row for row in step.rows]
+        batch[1, :num_rows] = [row.start + 1 for row in step.rows]
+        batch[2, :num_rows] = [token or 0 for token in tokens]
+        batch[3, :num_rows] = [token is not None for token in tokens]
         self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
         self._graphs[size].replay()
         self.num_steps += 1

@@ -108,13 +108,15 @@ class FlexInputsBuilder:
         changes = [(row.row, row.table_change) for row in step.rows if row.table_change is not None]
         if not changes:
             return
-        counts = [len(change.blocks) for _, change in changes]
-        rows = np.repeat([row for row, _ in changes], counts)
-        columns = np.concatenate(
-            [np.arange(change.first_index, change.first_index + len(change.blocks)) for _, change in changes]
-        )
-        blocks = np.concatenate([np.array(change.blocks, np.int64) for _, change in changes])
-        packed = to_device(np.stack([rows, columns, blocks]).astype(np.int64), self._device)
+        # Lists: in most steps a few tables grow by one block, and arrays of one number would cost more than they hold.
+        rows: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for row, change in changes:
+            rows += [row] * len(change.blocks)
+            columns += range(change.first_index, change.first_index + len(change.blocks))
+            blocks += change.blocks
+        packed = to_device(np.array([rows, columns, blocks], np.int64), self._device)
         self.block_tables[packed[0], packed[1]] = packed[2].int()
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
