@@ -71,14 +71,23 @@ def find_shared_prefix(
         members = members[block_tables[rows[members], start] == most_frequent]
         if len(members) < 2 or len(members) <= num_reads:
             break
-        stop = int(num_full[members].min())
-        tables = block_tables[rows[members], start:stop]
-        differs = (tables != tables[0]).any(axis=0)
-        start = start + int(differs.argmax()) if differs.any() else stop
+        start = _end_of_common(block_tables, rows[members], start, int(num_full[members].min()))
         prefix = SharedPrefix(members, start)
         if prefix.num_blocks_saved(num_reads) > best_saved:
             best, best_saved = prefix, prefix.num_blocks_saved(num_reads)
     return best
+
+
+def _end_of_common(block_tables: np.ndarray, rows: np.ndarray, start: int, stop: int) -> int:
+    """The first column from `start` on in which rows differ; `stop` if there is none before it."""
+    width = 32  # of what is compared at once: most rows part soon, and what lies behind need not be touched
+    while start < stop:
+        tables = block_tables[rows, start : min(start + width, stop)]
+        differs = (tables != tables[0]).any(axis=0)
+        if differs.any():
+            return start + int(differs.argmax())
+        start, width = start + width, 2 * width
+    return stop
 
 
 def pays(prefix: SharedPrefix, *, num_reads: int, block_bytes: int) -> bool:
