@@ -20,7 +20,9 @@ from paged import SamplingParams
 from paged.attention import cascade, flex, gathered
 from paged.attention.merge import apply_sinks
 from paged.model import shared_prefix
-from paged.model.decode_graphs import captures_in_order
+from paged.model.decode_graphs import DecodeGraphs, captures_in_order
+from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder, read_host
+from paged.model.flex_op import attend
 from paged.model.shared_prefix import PrefixFinder, SharedPrefix, find_shared_prefix, pays
 from paged.step import RowPlan, Sample, Step
 from reference.attention import attention
@@ -105,7 +107,7 @@ def slots_of_decode(plan: flex.DecodePlan, row: int) -> list[int]:
     return seen
 
 
-OWN, MEMBERS = (1, 20, 16, 17, 50, 3), (True, False, True, False, True, True)
+OWN, MEMBERS = (20, 1, 16, 17, 50, 3), (False, True, True, False, True, True)
 
 
 @pytest.mark.parametrize("prefix_blocks", [0, 1, 2, 7])
@@ -344,6 +346,98 @@ def test_graphs_are_captured_for_the_largest_batch_of_each_kind_first():
     assert len(captures) == 12
     assert captures_in_order([1], with_cascade=True) == [(1, False)], "a row alone shares with nobody"
     assert not any(cascade for _, cascade in captures_in_order([8, 16], with_cascade=False))
+
+
+# What layers get of it, and do with it.
+
+
+@pytest.fixture
+def builder(tables) -> FlexInputsBuilder:
+    """Inputs of layers with and without a window, over the tables."""
+    builder = FlexInputsBuilder(
+        max_num_seqs=8,
+        max_model_len=20 * SIZE,
+        block_size=SIZE,
+        num_kv_heads=2,
+        group=30,
+        windows=[None, 40],
+        device=torch.device("cpu"),
+    )
+    builder.block_tables[:8] = torch.tensor(tables)
+    return builder
+
+
+def check_inputs(inputs: FlexInputs, tables: np.ndarray, rows: list[int], lens: list[int]) -> None:
+    """Each row sees all of its keys once, in the prefix or behind it; a layer with a window reads them all itself."""
+    num_decodes, num_splits, prompts = read_host(inputs.host)
+    assert (num_decodes, prompts) == (len(rows), [])
+    assert num_splits >= 2
+    together = [block for tiles in lists_of_prefix(inputs.prefix, num_splits) for block in tiles[0]]
+    plan, windowed = inputs.plans[None], inputs.plans[40]
+    for i, (row, length) in enumerate(zip(rows, lens, strict=True)):
+        seen = [block * SIZE + offset for block in together for offset in range(SIZE)] * bool(
+            inputs.prefix.is_member[i]
+        )
+        seen += slots_of_decode(plan, i)
+        assert sorted(seen) == sorted(int(tables[row, p // SIZE]) * SIZE + p % SIZE for p in range(length))
+        assert windowed.first_position[i] == max(0, length - 40)
+
+
+ROWS, LENS, FIRST = [0, 6, 2, 5, 7], [301, 201, 172, 311, 20], [0, 10, 10, 10, 0]
+
+
+def test_layers_get_the_prefix_and_what_lies_behind(builder, tables):
+    step = decodes(ROWS, [length - 1 for length in LENS])
+    inputs = builder.build(step, torch.zeros(5, dtype=torch.int64), np.array(FIRST))
+    check_inputs(inputs, tables, ROWS, LENS)
+    assert inputs.prefix.is_member.tolist() == [False, True, True, True, False]
+    assert len(inputs.prefix.counts) == 2 * 3, "150 queries fill three tiles"
+    inputs = builder.build(step, torch.zeros(5, dtype=torch.int64))
+    assert read_host(inputs.host)[1] == 0
+    assert inputs.prefix is builder.no_prefix
+    assert not inputs.plans[None].first_index.any()
+
+
+def test_captured_layers_get_it_from_a_number_for_each_row(builder, tables):
+    """What a graph computes on the device, here computed once without one; two rows pad the batch."""
+    given = []
+
+    def forward(token_ids: Tensor, positions: Tensor, inputs: FlexInputs) -> Tensor:
+        given.append(inputs)
+        return torch.zeros(len(token_ids), 3)
+
+    graphs = DecodeGraphs(forward, builder, torch.zeros(9, dtype=torch.int64), with_cascade=True)
+    batch = np.zeros((5, 7), np.int64)
+    batch[0] = builder.padded_row
+    batch[0, :5], batch[1, :5], batch[4, :5] = ROWS, LENS, FIRST
+    graphs._batch = torch.from_numpy(batch)
+    graphs._forward_batch(7, cascade=True)
+    graphs._forward_batch(7, cascade=False)
+    shared, ordinary = given
+    check_inputs(shared, np.vstack([tables, np.zeros((1, 20), int)]), [*ROWS, 8, 8], [*LENS, 0, 0])
+    assert read_host(ordinary.host)[1] == 0
+    assert not ordinary.plans[None].first_index.any()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_layers_without_a_window_attend_to_the_prefix_apart(with_prefix, window, builder, monkeypatch):
+    """And sinks come after the merge, whoever attends; the two ways to attend are stood in for."""
+    calls = []
+
+    def stand_in(name: str, query: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(name)
+        return torch.ones(query.shape), torch.zeros(query.shape[:2])
+
+    monkeypatch.setattr(cascade, "attend", lambda query, *_, **__: stand_in("cascade", query))
+    monkeypatch.setattr(flex, "attend_decode", lambda query, *_, **__: stand_in("decode", query))
+    step = decodes(ROWS, [length - 1 for length in LENS])
+    inputs = builder.build(step, torch.zeros(5, dtype=torch.int64), np.array(FIRST) if with_prefix else None)
+    query, key, cache = torch.ones(5, 6, 16), torch.ones(5, 2, 16), torch.ones(300, SIZE, 2, 16)
+    arguments = {"sinks": torch.zeros(6), "scale": 1.0, "window": window, "softcap": None}
+    out = attend(query, key, key, cache, cache.clone(), inputs, **arguments)
+    assert calls == ["cascade" if with_prefix and window is None else "decode"]
+    assert torch.equal(out, torch.full_like(out, 0.5)), "a sink as heavy as all keys takes half"
 
 
 # On a GPU.
