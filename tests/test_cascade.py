@@ -286,6 +286,15 @@ def test_the_prefix_that_saves_most_is_found():
     assert (found.members.tolist(), found.num_blocks) == ([0, 2], 10)
 
 
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 95, 96, 97, 180, 200])
+def test_prefixes_of_any_length_are_found_whole(length):
+    """Columns are compared a few at a time: around the borders of these, and up to the end of what may be shared."""
+    tables = np.arange(1, 601).reshape(3, 200)
+    tables[2, :length] = tables[0, :length]
+    found = find_shared_prefix(tables, np.arange(3), np.array([200, 200, 190]))
+    assert (found.members.tolist(), found.num_blocks) == ([0, 2], min(length, 190))
+
+
 def test_blocks_that_a_window_left_behind_are_nobodys():
     tables = np.array([[0, 5], [0, 5]])
     assert find_shared_prefix(tables, np.arange(2), np.array([2, 2])) is None
