@@ -295,7 +295,7 @@ def attend_decode(
     num_splits = num_rows // batch
     # The heads of a group are the queries of a tile, so each key is read once for all of them.
     rows = query.reshape(batch, 1, num_kv_heads, -1, head_dim)
-    rows = rows.expand(-1, num_splits, -1, -1, -1).reshape(num_rows, num_kv_heads, -1, head_dim)
+    rows = rows.expand(-1, num_splits, -1, -1, -1).reshape(num_rows, num_kv_heads, -1, head_dim).contiguous()
     if query.device.type == "cpu":
         plan = plan._replace(**_with_pool_columns(plan._asdict(), len(key_cache)))
     else:
@@ -669,7 +669,8 @@ _compiled_chunks = torch.compile(_chunks, fullgraph=True)
 
 
 def _run(compiled: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    # Head shapes, block sizes and features each make a graph of their own.
-    with torch._dynamo.config.patch(recompile_limit=256):
+    # Head shapes, block sizes and features each make a graph of their own. Having seen two values of a number, the
+    # compiler would take it for a variable, but numbers are part of the kernel.
+    with torch._dynamo.config.patch(recompile_limit=256, specialize_int=True, specialize_float=True):
         result: tuple[Tensor, Tensor | None] = compiled(*arguments)
     return result
