@@ -19,6 +19,7 @@ from pathlib import Path
 
 import attention
 import decode_step
+import shared_prefix
 import start_up
 import sweeps
 import throughput
@@ -42,6 +43,7 @@ FIGURES = {
     "attention": Source("attention", attention.tables, "attention.py"),
     "attention-prefill": Source("attention_prefill", attention.tables, "attention.py --prefill"),
     "decode-step": Source("decode_step", decode_step.tables, "decode_step.py --profile"),
+    "shared-prefix": Source("shared_prefix", shared_prefix.tables, "shared_prefix.py"),
     "throughput": Source("throughput", throughput.tables, f"throughput.py {TRACE} --baselines ..."),
     "throughput-lengths": Source(
         "throughput_lengths",

@@ -142,6 +142,11 @@ class BatchBuilder:
         self.reset()
 
     @property
+    def block_tables(self) -> np.ndarray:
+        """[R, M] int32, the persistent block tables; they stay where they are, and `replay` brings them up to date."""
+        return self._block_tables
+
+    @property
     def block_table_bytes(self) -> int:
         """Bytes of the persistent block tables."""
         return int(self._block_tables.nbytes)

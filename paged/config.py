@@ -57,6 +57,8 @@ class EngineConfig:
         enforce_eager: run without torch.compile; None does so on a CPU, where no C++ compiler is asked for.
         attention_form: "gathered", "fused", "flex", or "auto": gathered when eager; when compiled, flex on a GPU if
             it can serve the model and the cache, and fused otherwise.
+        enable_cascade_attention: read a prefix that many decodes share once for all of them, in the flex form, where
+            that pays (vLLM's switch is disable_cascade_attn). Layers with a sliding window do without.
         cudagraph_capture_sizes: batch sizes for which decode steps are captured as CUDA graphs, in the flex form; None
             chooses them, an empty list captures none.
         cudagraph_capture_seconds: once so many have passed, no further size is captured (not in vLLM).
@@ -101,8 +103,9 @@ class EngineConfig:
     spare_blocks_per_seq: int = 1
     enforce_eager: bool | None = None
     attention_form: str = "auto"
+    enable_cascade_attention: bool = True
     cudagraph_capture_sizes: tuple[int, ...] | None = None
-    cudagraph_capture_seconds: float = 10.0
+    cudagraph_capture_seconds: float = 25.0
     async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +118,8 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        for name in ("skip_tokenizer_init", "trust_remote_code", "enable_chunked_prefill", "enable_prefix_caching"):
+        switches = "skip_tokenizer_init", "trust_remote_code", "enable_chunked_prefill", "enable_prefix_caching"
+        for name in (*switches, "enable_cascade_attention"):
             self._check_choice(name, (True, False))
         for name in ("enforce_eager", "async_scheduling"):
             self._check_choice(name, (True, False, None))

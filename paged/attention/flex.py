@@ -86,7 +86,13 @@ def num_splits_for(batch: int, num_kv_heads: int, num_blocks: int, num_multiproc
 
 
 def plan_decode(
-    block_tables: Tensor, seq_lens: Tensor, *, block_size: int, window: int | None = None, num_splits: int = 1
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_size: int,
+    window: int | None = None,
+    num_splits: int = 1,
+    first_blocks: Tensor | None = None,
 ) -> DecodePlan:
     """Turn block tables into lists of blocks to read, on the device: the host waits for nothing.
 
@@ -96,6 +102,8 @@ def plan_decode(
         block_size: P.
         window: a query sees itself and `window - 1` tokens before it; None: all.
         num_splits: S.
+        first_blocks: [B] integers, how many blocks at the beginning of each table are left out, because they are read
+            elsewhere (paged/attention/cascade.py); full ones, so fewer than seq_len tokens. None: none.
 
     Returns:
         The plan, of R = B * S rows, those of a sequence beside each other.
@@ -111,6 +119,8 @@ def plan_decode(
     width = -(-num_blocks // num_splits)  # W
     seq_lens = seq_lens.int()
     first_position = torch.zeros_like(seq_lens) if window is None else (seq_lens - window).clamp(min=0)
+    if first_blocks is not None:
+        first_position = torch.maximum(first_position, first_blocks.int() * block_size)
     first_index = first_position // block_size
     end = (seq_lens + block_size - 1) // block_size  # one past the last block
     last_index = (end - 1).clamp(min=0)
@@ -568,14 +578,17 @@ def _flex(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    counts_and_blocks: tuple[Tensor, Tensor, Tensor, Tensor],
+    counts_and_blocks: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
     mask: Callable[..., Tensor],
     score: Callable[..., Tensor] | None,
     scale: float,
     tile: int,
     pace: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None]:
-    """FlexAttention over lists of blocks; query [R, H, Q, D] -> out [R, H, Q, Dv] and lse [R, H, Q], None on a CPU."""
+    """FlexAttention over lists of blocks; query [R, H, Q, D] -> out [R, H, Q, Dv] and lse [R, H, Q], None on a CPU.
+
+    The lists of full blocks may be None: then all are partial ones, and the mask looks at every slot.
+    """
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "FlexAttention was about to run eagerly, where it ignores the lists of blocks and attends to the whole "

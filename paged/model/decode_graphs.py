@@ -8,6 +8,9 @@ Everything else is computed on the device: slots, lists of blocks, positions, ev
 sampled and the host has not seen yet.
 
 Rows that pad a batch see nothing and write into the trash block.
+
+Steps whose rows share a prefix (paged/attention/cascade.py) run other kernels, so they have graphs of their own, of
+fewer sizes.
 """
 
 import time
@@ -52,6 +55,33 @@ def capture_order(sizes: Iterable[int]) -> list[int]:
     return [largest, *powers, *(size for size in others if size not in powers)]
 
 
+def cascade_sizes(sizes: Iterable[int]) -> list[int]:
+    """Those among the captured sizes that are captured for shared prefixes too: powers of two from 8 on, the largest.
+
+    Fewer rows would save little, and a row that pads the batch reads nothing here either.
+
+    Example:
+        >>> cascade_sizes(capture_sizes(100))
+        [8, 16, 32, 64, 100]
+    """
+    sizes = sorted(sizes)
+    return [size for size in sizes[:-1] if size >= 8 and size & (size - 1) == 0] + [s for s in sizes[-1:] if s > 1]
+
+
+def captures_in_order(sizes: Iterable[int], *, with_cascade: bool) -> list[tuple[int, bool]]:
+    """Which sizes are captured, whether for shared prefixes, in what order: first the largest of each kind.
+
+    Example:
+        >>> captures_in_order([1, 2, 8, 16], with_cascade=True)
+        [(16, False), (16, True), (1, False), (2, False), (8, False), (8, True)]
+    """
+    sizes = list(sizes)
+    ordinary = [(size, False) for size in capture_order(sizes)]
+    shared = cascade_sizes(sizes) if with_cascade else []
+    cascade = [(size, True) for size in capture_order(shared)] if shared else []
+    return [*ordinary[:1], *cascade[:1], *ordinary[1:], *cascade[1:]]
+
+
 def can_be_captured(step: Step) -> bool:
     """Whether a step is of the kind that is captured: every row computes one token and gets one."""
     others = [row for row in step.rows if len(row.token_ids) != 1 or len(row.samples) != 1 or row.prompt_targets]
@@ -83,87 +113,108 @@ class DecodeGraphs:
         forward: the model.
         inputs: the block tables on the device.
         last_token_ids: [rows + 1] int64, the latest token of each row, on the device.
+        with_cascade: capture steps whose rows share a prefix, too.
 
     Attributes:
         sizes: batch sizes that are captured, in order.
         num_steps: steps that were run so far.
+        cascade_sizes: those captured for steps whose rows share a prefix. The largest is the same.
     """
 
-    def __init__(self, forward: Forward, inputs: FlexInputsBuilder, last_token_ids: Tensor) -> None:
+    def __init__(
+        self, forward: Forward, inputs: FlexInputsBuilder, last_token_ids: Tensor, *, with_cascade: bool = False
+    ) -> None:
         self.sizes: list[int] = []
         self.num_steps = 0
+        self.cascade_sizes: list[int] = []
+        self._with_cascade = with_cascade
         self._forward = forward
         self._inputs = inputs
         self._last_token_ids = last_token_ids
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # For each size, of ordinary steps and of those whose rows share a prefix.
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         # What the graphs give, one tensor for all of them: only one runs at a time.
         self._decoded = Decoded(torch.empty(0), torch.empty(0))
-        # For each row of the batch: its row, its length, its token, and whether the host knows that.
-        self._batch = torch.zeros(4, 0, dtype=torch.int64)
+        # For each row of the batch: its row, its length, its token, whether the host knows that, and how many blocks it
+        # leaves to the prefix part.
+        self._batch = torch.zeros(5, 0, dtype=torch.int64)
 
     def capture(self, sizes: Sequence[int], *, seconds: float) -> None:
-        """Capture a graph for each size, as many as the time allows, and one at least.
+        """Capture a graph for each size, as many as the time allows, and one of each kind at least.
 
         Args:
             sizes: batch sizes.
             seconds: after so many no other is begun.
         """
         device = self._last_token_ids.device
-        self._batch = torch.zeros(4, max(2, *sizes), dtype=torch.int64, device=device)
+        self._batch = torch.zeros(5, max(2, *sizes), dtype=torch.int64, device=device)
         self._batch[0] = self._inputs.padded_row
         self._decoded = Decoded(*(torch.empty_like(tensor) for tensor in self._forward_batch(max(sizes))))
         started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        for size in capture_order(sizes):
-            if self._graphs and time.perf_counter() - started > seconds:
+        captures = captures_in_order(sizes, with_cascade=self._with_cascade)
+        num_kinds = len({cascade for _, cascade in captures})
+        for size, cascade in captures:
+            if len(self._graphs) >= num_kinds and time.perf_counter() - started > seconds:
                 break
             # Once without capturing: what is compiled, loaded or chosen at the first call must not be captured.
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream), _tuned_for(size):
-                self._run_batch(size)
+                self._run_batch(size, cascade=cascade)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._run_batch(size)
-            self._graphs[size] = graph
-        self.sizes = sorted(self._graphs)
+                self._run_batch(size, cascade=cascade)
+            self._graphs[size, cascade] = graph
+        self.sizes, self.cascade_sizes = (
+            sorted(s for s, cascade in self._graphs if cascade == c) for c in (False, True)
+        )
 
     def fits(self, step: Step) -> bool:
         """Whether a step can be run."""
         return bool(self.sizes) and len(step.rows) <= self.sizes[-1] and can_be_captured(step)
 
-    def run(self, step: Step) -> Decoded:
-        """Run a step that fits, whose tables were replayed. What it gives is there until the next run."""
+    def run(self, step: Step, first_blocks: np.ndarray | None = None) -> Decoded:
+        """Run a step that fits, whose tables were replayed. What it gives is there until the next run.
+
+        Args:
+            step: the step.
+            first_blocks: [B] int64, blocks of each row that are read as a shared prefix; None: there is none.
+        """
         num_rows = len(step.rows)
-        size = next(size for size in self.sizes if size >= num_rows)
-        batch = np.zeros((4, size), np.int64)
+        cascade = first_blocks is not None
+        size = next(size for size in (self.cascade_sizes if cascade else self.sizes) if size >= num_rows)
+        batch = np.zeros((5, size), np.int64)
         batch[0] = self._inputs.padded_row
         tokens = [row.token_ids[0] for row in step.rows]
         batch[0, :num_rows] = [row.row for row in step.rows]
         batch[1, :num_rows] = [row.start + 1 for row in step.rows]
         batch[2, :num_rows] = [token or 0 for token in tokens]
         batch[3, :num_rows] = [token is not None for token in tokens]
+        if first_blocks is not None:
+            batch[4, :num_rows] = first_blocks
         self._batch[:, :size].copy_(to_device(batch, self._batch.device), non_blocking=True)
-        self._graphs[size].replay()
+        self._graphs[size, cascade].replay()
         self.num_steps += 1
         logits, sampled = self._decoded
         return Decoded(logits[:num_rows], sampled[:, :num_rows])
 
-    def _run_batch(self, size: int) -> None:
+    def _run_batch(self, size: int, *, cascade: bool) -> None:
         """Run the first rows of the batch, and leave what they give where the others leave it."""
-        logits, sampled = self._forward_batch(size)
+        logits, sampled = self._forward_batch(size, cascade=cascade)
         self._decoded.logits[:size].copy_(logits)
         self._decoded.sampled[:, :size].copy_(sampled)
 
-    def _forward_batch(self, size: int) -> Decoded:
+    def _forward_batch(self, size: int, *, cascade: bool = False) -> Decoded:
         """The forward pass over the first rows of the batch."""
-        rows, seq_lens, given, known = self._batch[:, :size]
+        rows, seq_lens, given, known, first_blocks = self._batch[:, :size]
         token_ids = torch.where(known > 0, given, self._last_token_ids[rows])
         positions = (seq_lens - 1).clamp(min=0)
         unused = self._batch[0]  # there are no prompts
         inputs = FlexInputs(
             slot_mapping=self._inputs.slots(rows, positions),
-            plans=self._inputs.decode_plans(rows, seq_lens.int()),
-            host=torch.tensor([size, 0]),
+            plans=self._inputs.decode_plans(rows, seq_lens.int(), first_blocks if cascade else None),
+            prefix=self._inputs.prefix_plan(rows, first_blocks) if cascade else self._inputs.no_prefix,
+            host=torch.tensor([size, 0, self._inputs.num_prefix_splits(size) if cascade else 0]),
             block_tables=self._inputs.block_tables,
             prompt_slots=unused,
             query_start_loc=unused.int(),

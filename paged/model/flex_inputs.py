@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paged.attention.cascade import PrefixPlan, num_tiles, plan_prefix
 from paged.attention.dense import PromptLengths
 from paged.attention.flex import DecodePlan, num_splits_for, plan_decode
 from paged.blocks import NULL_BLOCK, blocks_for
@@ -28,9 +29,11 @@ class FlexInputs(NamedTuple):
 
     Attributes:
         slot_mapping: [T] int64.
-        plans: for each kind of window, what the decodes read.
-        host: in host memory, int64: the number of decodes, the number of prompts, then three numbers for each of these:
-            its row, the tokens computed now, the tokens seen by the last of them.
+        plans: for each kind of window, what the decodes read; without a window, what they read beside the prefix.
+        prefix: what they read of a prefix that many of them share.
+        host: in host memory, int64: the number of decodes, the number of prompts, the splits of the prefix (0: there is
+            none, and `prefix` means nothing), then three numbers for each prompt: its row, the tokens computed now, the
+            tokens seen by the last of them.
         block_tables: [rows + 1, M] int32.
         prompt_slots: [K] int64, the slots of all that the prompts see, one prompt after another.
         query_start_loc, key_start_loc: [prompts + 1] int32, where each prompt's queries and keys begin.
@@ -38,6 +41,7 @@ class FlexInputs(NamedTuple):
 
     slot_mapping: Tensor
     plans: dict[int | None, DecodePlan]
+    prefix: PrefixPlan
     host: Tensor
     block_tables: Tensor
     prompt_slots: Tensor
@@ -52,11 +56,11 @@ class Prompt(NamedTuple):
     lengths: PromptLengths
 
 
-def read_host(host: Tensor) -> tuple[int, list[Prompt]]:
-    """The number of decodes and the prompts of a step, from `FlexInputs.host`."""
-    num_decodes, num_prompts, *numbers = host.tolist()
+def read_host(host: Tensor) -> tuple[int, int, list[Prompt]]:
+    """The number of decodes, the splits of their prefix, and the prompts of a step, from `FlexInputs.host`."""
+    num_decodes, num_prompts, num_prefix_splits, *numbers = host.tolist()
     prompts = [Prompt(row, PromptLengths(*lengths)) for row, *lengths in zip(*[iter(numbers)] * 3, strict=True)]
-    return num_decodes, prompts[:num_prompts]
+    return num_decodes, num_prefix_splits, prompts[:num_prompts]
 
 
 class FlexInputsBuilder:
@@ -67,11 +71,13 @@ class FlexInputsBuilder:
         max_model_len: tokens of the longest sequence.
         block_size: P.
         num_kv_heads: most KV heads of a layer.
+        group: most query heads of a layer for each of its KV heads.
         windows: the kinds of window that the model's layers have.
         device: where the tables are.
 
     Attributes:
         block_tables: [R + 1, M] int32. The last row is that of padded decodes; it begins with the trash block.
+        no_prefix: what layers get where no prefix is shared.
     """
 
     def __init__(
@@ -81,18 +87,25 @@ class FlexInputsBuilder:
         max_model_len: int,
         block_size: int,
         num_kv_heads: int,
+        group: int,
         windows: Iterable[int | None],
         device: torch.device,
     ) -> None:
         self.block_size = block_size
         self._windows = sorted(set(windows), key=lambda window: window or 0)
-        self._num_kv_heads = num_kv_heads
+        self._num_kv_heads, self._group = num_kv_heads, group
         self._device = device
         shape = (max_num_seqs + 1, blocks_for(max_model_len, block_size))
         self.block_tables = torch.full(shape, NULL_BLOCK, dtype=torch.int32, device=device)
         self._multiprocessors = 1
         if device.type == "cuda":
             self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        # Of sizes that no other tensor has: the compiler takes sizes that are equal at first for equal ever after.
+        self.no_prefix = PrefixPlan(
+            torch.zeros(5, dtype=torch.int32, device=device),
+            torch.zeros(7, dtype=torch.int32, device=device),
+            torch.zeros(11, dtype=torch.bool, device=device),
+        )
 
     @property
     def padded_row(self) -> int:
@@ -124,35 +137,69 @@ class FlexInputsBuilder:
         blocks = self.block_tables[rows, positions // self.block_size]
         return blocks.long() * self.block_size + positions % self.block_size
 
-    def decode_plans(self, rows: Tensor, seq_lens: Tensor) -> dict[int | None, DecodePlan]:
-        """What B decodes read, for each kind of window; rows [B] int64 and seq_lens [B] int32, on the device."""
+    def decode_plans(
+        self, rows: Tensor, seq_lens: Tensor, first_blocks: Tensor | None = None
+    ) -> dict[int | None, DecodePlan]:
+        """What B decodes read, for each kind of window.
+
+        Args:
+            rows: [B] int64, on the device as the others.
+            seq_lens: [B] int32.
+            first_blocks: [B] int64, blocks at the beginning of each table that are read as a shared prefix. Layers with
+                a window read all themselves: what they see begins elsewhere for each row.
+        """
         tables = self.block_tables[rows]
         num_splits = num_splits_for(len(rows), self._num_kv_heads, tables.shape[1], self._multiprocessors)
         return {
-            window: plan_decode(tables, seq_lens, block_size=self.block_size, window=window, num_splits=num_splits)
+            window: plan_decode(
+                tables,
+                seq_lens,
+                block_size=self.block_size,
+                window=window,
+                num_splits=num_splits,
+                first_blocks=first_blocks if window is None else None,
+            )
             for window in self._windows
         }
 
-    def build(self, step: Step, slot_mapping: Tensor) -> FlexInputs:
+    def num_prefix_splits(self, batch: int) -> int:
+        """Splits of a prefix that is shared by some of B rows; two at least, as a size of 1 would make new graphs."""
+        tiles, num_blocks = num_tiles(batch, self._group), self.block_tables.shape[1]
+        return max(2, num_splits_for(tiles, self._num_kv_heads, num_blocks, self._multiprocessors))
+
+    def prefix_plan(self, rows: Tensor, first_blocks: Tensor) -> PrefixPlan:
+        """What B decodes read of the prefix that some of them share; rows and first_blocks [B] int64."""
+        return plan_prefix(
+            self.block_tables[rows],
+            first_blocks,
+            num_splits=self.num_prefix_splits(len(rows)),
+            num_tiles=num_tiles(len(rows), self._group),
+        )
+
+    def build(self, step: Step, slot_mapping: Tensor, first_blocks: np.ndarray | None = None) -> FlexInputs:
         """What the layers get in a step whose tables were replayed.
 
         Args:
             step: the step, rows with a single token first.
             slot_mapping: [T] int64, its slots.
+            first_blocks: [decodes] int64, blocks of each decode that are read as a shared prefix; None: there is none.
         """
         decodes, prompts = step.rows[: step.num_single], step.rows[step.num_single :]
         # Sizes 0 and 1 would make graphs of their own, so nothing is ever shorter than 2.
         padding = max(0, 2 - len(decodes))
         rows = [row.row for row in decodes] + [self.padded_row] * padding
         seq_lens = [row.end for row in decodes] + [0] * padding
-        packed = to_device(np.array([rows, seq_lens], np.int64), self._device)
-        host = [len(decodes), len(prompts)]
+        shared = np.zeros(len(rows), np.int64) if first_blocks is None else np.pad(first_blocks, (0, padding))
+        packed = to_device(np.array([rows, seq_lens, shared], np.int64), self._device)
+        has_prefix = first_blocks is not None
+        host = [len(decodes), len(prompts), self.num_prefix_splits(len(rows)) if has_prefix else 0]
         for row in prompts:
             host += [row.row, len(row.token_ids), row.end]
         slots, query_starts, key_starts = self._prompts(prompts)
         return FlexInputs(
             slot_mapping,
-            self.decode_plans(packed[0], packed[1].int()),
+            self.decode_plans(packed[0], packed[1].int(), packed[2] if has_prefix else None),
+            self.prefix_plan(packed[0], packed[2]) if has_prefix else self.no_prefix,
             torch.tensor(host),
             self.block_tables,
             slots,

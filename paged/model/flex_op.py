@@ -8,7 +8,8 @@ of its query, it lets one graph of a layer serve every step, and decodes can be 
 import torch
 from torch import Tensor
 
-from paged.attention import dense, flex
+from paged.attention import cascade, dense, flex
+from paged.attention.cascade import PrefixPlan
 from paged.attention.flex import CHUNK_TILE, DecodePlan
 from paged.attention.merge import apply_sinks
 from paged.model.flex_inputs import FlexInputs, Prompt, read_host
@@ -22,6 +23,7 @@ def _attend(
     key_cache: Tensor,
     value_cache: Tensor,
     plan: list[Tensor],
+    prefix: list[Tensor],
     host: Tensor,
     block_tables: Tensor,
     prompt_slots: Tensor,
@@ -32,15 +34,18 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    num_decodes, prompts = read_host(host)
+    num_decodes, num_prefix_splits, prompts = read_host(host)
     out = lse = None
     if num_decodes > 0:
         # Outside of CUDA graphs two decodes at least are planned; what a padded one gets is overwritten further down.
         decodes = DecodePlan(*plan)
         num_planned = min(max(2, num_decodes), len(query))
-        out, lse = flex.attend_decode(
-            query[:num_planned], key_cache, value_cache, decodes, scale=scale, window=window, softcap=softcap
-        )
+        tokens = query[:num_planned], key_cache, value_cache, decodes
+        if num_prefix_splits > 0 and window is None:
+            splits = num_prefix_splits
+            out, lse = cascade.attend(*tokens, PrefixPlan(*prefix), num_splits=splits, scale=scale, softcap=softcap)
+        else:
+            out, lse = flex.attend_decode(*tokens, scale=scale, window=window, softcap=softcap)
         if sinks is not None:
             assert lse is not None, "this form runs on a GPU"
             out = apply_sinks(out, lse, sinks)
@@ -51,13 +56,13 @@ def _attend(
         packed[:num_decodes] = out[:num_decodes]
     if prompts:
         first, last = num_decodes, num_decodes + sum(prompt.lengths.query_len for prompt in prompts)
-        tokens = query[first:last], key[first:last], value[first:last]
+        new = query[first:last], key[first:last], value[first:last]
         caches = key_cache, value_cache
         if dense.supports(query, value_cache.shape[3], softcap):
             starts = query_start_loc, key_start_loc
-            out, lse = _attend_dense(*tokens, *caches, prompts, block_tables, prompt_slots, *starts, scale, window)
+            out, lse = _attend_dense(*new, *caches, prompts, block_tables, prompt_slots, *starts, scale, window)
         else:
-            queries = torch.split(tokens[0], [prompt.lengths.query_len for prompt in prompts])
+            queries = torch.split(new[0], [prompt.lengths.query_len for prompt in prompts])
             parts = [
                 _attend_chunk(each, *caches, prompt, block_tables, scale, window, softcap)
                 for each, prompt in zip(queries, prompts, strict=True)
@@ -106,6 +111,7 @@ def attend(
         key_cache,
         value_cache,
         list(inputs.plans[window]),
+        list(inputs.prefix),
         inputs.host,
         inputs.block_tables,
         inputs.prompt_slots,

@@ -78,11 +78,12 @@ def _make_forward(paged_attention: PagedAttention) -> Callable[..., tuple[Tensor
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of the attention function, as the probe saw it."""
+    """One call of the attention function, as the probe saw it; num_heads counts query heads."""
 
     module: nn.Module
     shape: LayerShape
     window: int | None
+    num_heads: int
 
 
 def _probe(
@@ -100,7 +101,7 @@ def _probe(
             "block tables and lengths decide which keys are seen"
         )
     shape = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[3], value_dim=value.shape[3])
-    arguments["calls"].append(AttentionCall(module, shape, arguments.get("sliding_window")))
+    arguments["calls"].append(AttentionCall(module, shape, arguments.get("sliding_window"), query.shape[1]))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 

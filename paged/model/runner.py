@@ -1,11 +1,10 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
-import json
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from paged.kv_pool import (
 )
 from paged.model.attention_form import choose_form
 from paged.model.calibration import calibrate
-from paged.model.decode_graphs import DecodeGraphs, capture_sizes
+from paged.model.decode_graphs import DecodeGraphs, capture_sizes, captures_in_order
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
 from paged.model.fused_projections import fuse_projections
 from paged.model.largest_steps import largest_steps
@@ -31,6 +30,7 @@ from paged.model.memory_budget import most_blocks_for_flex, num_blocks_for, num_
 from paged.model.memory_ledger import MemoryLedger, open_ledger
 from paged.model.memory_profile import TRIAL_BLOCKS, MemoryNeeds, measure_needs, release_unused, snapshot
 from paged.model.paged_attention import find_attention
+from paged.model.shared_prefix import PrefixFinder
 from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
 from paged.transfer import to_host
@@ -41,7 +41,6 @@ RECOMPILE_LIMIT = 64
 # With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
 
-COMPILE_OPTIONS |= json.loads(os.environ.get("PAGED_OPTIONS", "{}"))
 # What a captured graph takes beside the memory that all share: its kernels' arguments.
 BYTES_OF_A_GRAPH = 4 * 2**20
 
@@ -106,6 +105,7 @@ class ModelRunner:
         attention_form: "gathered", "fused" or "flex".
         graphs: CUDA graphs of decode steps; None if there are none.
         sliding_window: keys further back than this are read by no layer; None if some layer reads all.
+        num_cascade_steps: steps so far in which a prefix that rows share was read once (paged/attention/cascade.py).
         most_gather_bytes: most bytes that gathered copies of K and V took in one layer so far, modelled.
 
     Raises:
@@ -129,14 +129,15 @@ class ModelRunner:
         self._prepare_layers(loaded)
         self._builder = self._make_builder(loaded)
         self._flex = self._make_flex_builder(loaded) if self.attention_form == "flex" else None
+        self._prefixes = self._make_prefix_finder(loaded)
         self.graphs: DecodeGraphs | None = None
 
         # From here on in the order in which one thing decides the next: what steps need, then how large the pool is,
         # and then the graphs, which hold the pool's addresses.
         started = time.perf_counter()
-        self.most_gather_bytes = 0
+        self.most_gather_bytes = self.num_cascade_steps = 0
         needs = self._measure(loaded)
-        self.most_gather_bytes = 0  # by requests, not by what was run to measure
+        self.most_gather_bytes = self.num_cascade_steps = 0  # by requests, not by what was run to measure
         measured = time.perf_counter()
         self.memory_ledger: MemoryLedger = self._open_pools(loaded, needs)
         if self._flex is not None and self._capture_sizes(config):
@@ -184,8 +185,22 @@ class ModelRunner:
             max_model_len=config.max_model_len,
             block_size=config.block_size,
             num_kv_heads=max(shape.num_kv_heads for shape in self._shapes),
+            group=max(call.num_heads // call.shape.num_kv_heads for call in self._calls),
             windows=[call.window for call in self._calls],
             device=loaded.device,
+        )
+
+    def _make_prefix_finder(self, loaded: LoadedModel) -> PrefixFinder | None:
+        """What finds the prefixes that rows share; None where no layer could make use of one."""
+        config = loaded.config
+        calls = [call for call in self._calls if call.window is None]
+        if self._flex is None or not config.enable_cascade_attention or not calls:
+            return None
+        return PrefixFinder(
+            self._builder.block_tables,
+            block_size=config.block_size,
+            group=max(call.num_heads // call.shape.num_kv_heads for call in calls),
+            block_bytes=min(bytes_per_block([call.shape], config.block_size, loaded.kv_dtype) for call in calls),
         )
 
     @staticmethod
@@ -199,7 +214,8 @@ class ModelRunner:
         """CUDA graphs of decode steps over the pool that is there now, and the bytes they take."""
         assert self._flex is not None, "only this form is captured"
         before = snapshot(loaded.device)
-        graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids)
+        with_cascade = self._prefixes is not None
+        graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids, with_cascade=with_cascade)
         graphs.capture(sizes, seconds=loaded.config.cudagraph_capture_seconds)
         release_unused(loaded.device)
         after = snapshot(loaded.device)
@@ -233,7 +249,8 @@ class ModelRunner:
             # All graphs share one memory, which the largest fills; each takes a little of its own.
             sizes = self._capture_sizes(config)
             _, graph_bytes = self._capture(loaded, sizes[-1:])
-            needs = replace(needs, graphs=graph_bytes + len(sizes) * BYTES_OF_A_GRAPH)
+            num_graphs = len(captures_in_order(sizes, with_cascade=self._prefixes is not None))
+            needs = replace(needs, graphs=graph_bytes + num_graphs * BYTES_OF_A_GRAPH)
         # So that the pool gets pages of its own, and not those that steps will want again.
         release_unused(loaded.device)
         return needs
@@ -307,9 +324,11 @@ class ModelRunner:
         self._builder.replay(step)
         if self._flex is not None:
             self._flex.replay(step)
+        first_blocks = None if self._prefixes is None else self._prefixes.first_blocks(step)
+        self.num_cascade_steps += first_blocks is not None
         logits: Tensor | None = None
         if self.graphs is not None and self.graphs.fits(step):
-            logits, sampled = self.graphs.run(step)
+            logits, sampled = self.graphs.run(step, first_blocks)
             if self._builder.takes_largest(step):
                 return StepInFlight(*_on_its_way_to_host(sampled), None, None)
         batch = self._builder.tensors(step)
@@ -317,7 +336,7 @@ class ModelRunner:
             blocks = max(group.block_tables.numel() for group in batch.attention.groups)
             self.most_gather_bytes = max(self.most_gather_bytes, blocks * self._most_gathered_bytes_of_a_block)
         if logits is None:
-            logits = self._logits(step, batch)
+            logits = self._logits(step, batch, first_blocks)
         num_samples = len(batch.sampled)
         token_ids, broken = sample(logits[:num_samples], batch.sampling)
         self._builder.count(batch, token_ids)
@@ -340,7 +359,7 @@ class ModelRunner:
         if step.copies:
             copy_blocks(self.caches, [(copy.source, copy.target) for copy in step.copies])
 
-    def _logits(self, step: Step, batch: Batch) -> Tensor:
+    def _logits(self, step: Step, batch: Batch, first_blocks: np.ndarray | None) -> Tensor:
         """[S + Q, V]: the logits of the tokens that are sampled from, then those of prompt tokens that are scored."""
         wanted = torch.cat([batch.sampled, batch.prompt_tokens])
         if self._flex is None:
@@ -350,7 +369,7 @@ class ModelRunner:
             token_ids, positions = (torch.nn.functional.pad(x, (0, 1)) for x in (token_ids, positions))
             trash = self._flex.slots(torch.full_like(slots, self._flex.padded_row), torch.zeros_like(slots))
             slots = torch.cat([slots, trash])
-        return self._forward(token_ids, positions, self._flex.build(step, slots), wanted)
+        return self._forward(token_ids, positions, self._flex.build(step, slots, first_blocks), wanted)
 
     def _forward(
         self, token_ids: Tensor, positions: Tensor, inputs: AttentionInputs | FlexInputs, wanted: Tensor | int = 0
