@@ -87,7 +87,7 @@ class HostRunner(ModelRunner):
         cpu = torch.device("cpu")
         shape = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN, "block_size": BLOCK_SIZE}
         self._builder = BatchBuilder(**shape, vocab_size=VOCAB_SIZE, device=cpu, with_groups=False)
-        self._flex = FlexInputsBuilder(**shape, num_kv_heads=8, windows=[None], device=cpu)
+        self._flex = FlexInputsBuilder(**shape, num_kv_heads=8, group=4, windows=[None], device=cpu)
         self.attention_form = "flex"
         self.graphs = DecodeGraphs(lambda *_: torch.empty(0), self._flex, self._builder.last_token_ids)
         self.graphs.sizes = capture_sizes(MAX_NUM_SEQS)
