@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from paged.engine import Engine
 from paged.model.decode_graphs import Decoded, DecodeGraphs, capture_sizes
 from paged.model.flex_inputs import FlexInputsBuilder
 from paged.model.runner import ModelRunner
+from paged.model.shared_prefix import PrefixFinder
 from paged.sampling_params import RequestOutputKind
 from paged.scheduler import Scheduler
 from paged.step import Step
@@ -88,15 +90,19 @@ class HostRunner(ModelRunner):
         shape = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN, "block_size": BLOCK_SIZE}
         self._builder = BatchBuilder(**shape, vocab_size=VOCAB_SIZE, device=cpu, with_groups=False)
         self._flex = FlexInputsBuilder(**shape, num_kv_heads=8, group=4, windows=[None], device=cpu)
+        # Looking for shared prefixes is the host's work too; 64 KiB is a block of 16 tokens of 8 KV heads of 128.
+        tables = self._builder.block_tables
+        self._prefixes = PrefixFinder(tables, block_size=BLOCK_SIZE, group=4, block_bytes=64 * 1024)
+        self.num_cascade_steps = 0
         self.attention_form = "flex"
         self.graphs = DecodeGraphs(lambda *_: torch.empty(0), self._flex, self._builder.last_token_ids)
         self.graphs.sizes = capture_sizes(MAX_NUM_SEQS)
-        self.graphs._graphs = {size: NoGraph() for size in self.graphs.sizes}
-        self.graphs._batch = torch.zeros(4, MAX_NUM_SEQS, dtype=torch.int64)
+        self.graphs._graphs = {(size, False): NoGraph() for size in self.graphs.sizes}
+        self.graphs._batch = torch.zeros(5, MAX_NUM_SEQS, dtype=torch.int64)
         sampled = torch.tensor([[TOKEN], [0]]).expand(2, MAX_NUM_SEQS).contiguous()
         self.graphs._decoded = Decoded(torch.zeros(MAX_NUM_SEQS, 1), sampled)
 
-    def _logits(self, step: Step, batch: Batch) -> Tensor:
+    def _logits(self, step: Step, batch: Batch, first_blocks: np.ndarray | None) -> Tensor:
         """What prompts give: the same token as all the others."""
         logits = torch.zeros(len(batch.sampled), VOCAB_SIZE)
         logits[:, TOKEN] = 1
