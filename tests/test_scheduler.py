@@ -786,3 +786,16 @@ def test_nobody_is_looked_up_while_all_rows_are_taken(monkeypatch):
         step = scheduler.schedule()
         scheduler.update(step, [1] * len(step.rows))
     assert [request.request_id for request in asked] == ["0", "1"], "each when there was a row for it"
+
+
+def test_bad_words_do_not_begin_in_the_prompt():
+    table = Scheduler(num_blocks=9, block_size=4, max_num_seqs=1, max_num_batched_tokens=9).new_block_table()
+    words = [(7, 8), (7, 7, 9), (4,)]
+    request = Request("a", [6, 7, 7], SamplingParams(), block_table=table, seed=0, max_tokens=9, bad_words=words)
+    (sequence,) = request.sequences
+    banned = []
+    for token in (7, 7, 5):
+        banned.append(request.banned_token_ids(sequence))
+        sequence.token_ids.append(token)
+    assert banned == [(4,), (4, 8), (4, 8, 9)]
+    assert request.banned_token_ids(sequence) == (4,)
