@@ -37,7 +37,12 @@ FLEX = {
 }
 # Prompts in chunks, and a pool that five requests do not fit.
 TIGHT = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 12, "spare_blocks_per_seq": 0}
-PLAIN = {"enforce_eager": True, "attention_form": "gathered", "enable_prefix_caching": False}
+PLAIN = {
+    "enforce_eager": True,
+    "attention_form": "gathered",
+    "enable_prefix_caching": False,
+    "num_gpu_blocks_override": 400,
+}
 
 
 def prepared(model: PreTrainedModel, folder) -> PreTrainedModel:
@@ -46,7 +51,10 @@ def prepared(model: PreTrainedModel, folder) -> PreTrainedModel:
 
 
 def plain(folder, **settings) -> LLM:
-    """The eager gathered form on the same GPU, with room for everybody."""
+    """The eager gathered form on the same GPU, with room for everybody.
+
+    Its pool is given in blocks: a share of the GPU has to be free, and other workers hold some of it.
+    """
     return load(folder, device="cuda", dtype="float32", max_model_len=128, **{**PLAIN, **settings})
 
 

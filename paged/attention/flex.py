@@ -37,6 +37,8 @@ SMALLEST = 16  # a side of a matrix product in Triton
 CHUNK_TILE = 128
 # Programs that should be under way on each multiprocessor: enough that memory never waits for arithmetic.
 PROGRAMS_PER_MULTIPROCESSOR = 4
+# Most bytes of K and V that are read at a time, and of the queries beside them.
+BYTES_AHEAD = 32 * 1024
 # A part shorter than this costs more to start and to merge than it saves.
 FEWEST_BLOCKS_IN_A_SPLIT = 4
 
@@ -468,19 +470,23 @@ def _pace(num_programs: int, num_splits: int) -> tuple[int, int]:
 
 
 def _kernel_options(cache: Tensor, value_dim: int, tile: int, pace: tuple[int, int]) -> dict[str, Any]:
-    """How the Triton kernel is cut."""
+    """How the Triton kernel is cut, so that a tile of queries and the blocks loaded ahead fit any GPU's shared memory."""
     warps, stages = pace
-    keys = min(cache.shape[1], 64)  # read at a time
-    bytes_ahead = keys * (cache.shape[3] + value_dim) * cache.dtype.itemsize
-    while keys > SMALLEST and bytes_ahead > 64 * 1024:
-        keys, bytes_ahead = keys // 2, bytes_ahead // 2
+    widths = [1 << (width - 1).bit_length() for width in (cache.shape[3], value_dim)]  # the kernel rounds them up
+    keys, itemsize = min(cache.shape[1], 64), cache.dtype.itemsize  # keys read at a time
+    while keys > SMALLEST and keys * sum(widths) * itemsize > BYTES_AHEAD:
+        keys //= 2
+    queries = tile
+    while queries > SMALLEST and queries * widths[0] * itemsize > BYTES_AHEAD:
+        queries //= 2
+    bytes_ahead = keys * sum(widths) * itemsize
     if bytes_ahead > 8 * 1024:  # more than a block of 16 tokens of 128 in half precision
         warps, stages = max(warps, 2 if bytes_ahead <= 16 * 1024 else 4), 3
     return {
         "BACKEND": "TRITON",
-        "BLOCK_M": tile,
+        "BLOCK_M": queries,
         "BLOCK_N": keys,
-        "num_stages": max(1, min(stages, 160 * 1024 // bytes_ahead)),
+        "num_stages": max(1, min(stages, 3 * BYTES_AHEAD // bytes_ahead)),
         "num_warps": warps,
         "FLOAT32_PRECISION": "'ieee'",
     }
