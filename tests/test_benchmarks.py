@@ -11,6 +11,7 @@ from pathlib import Path
 import attention
 import common
 import decode_step
+import profiling
 import pytest
 import report
 import start_up
@@ -34,7 +35,7 @@ ENVIRONMENT = {
 }
 
 
-@pytest.mark.parametrize("module", [decode_step, start_up])
+@pytest.mark.parametrize("module", [decode_step, profiling, start_up])
 def test_examples_in_docstrings(module):
     failed, tried = doctest.testmod(module)
     assert (failed, tried > 0) == (0, True)
@@ -130,8 +131,8 @@ def test_a_group_of_calls_is_timed_as_one_of_them():
 
 
 def test_profiles_count_overlaps_once():
-    spans = [decode_step.Span("flex_attention", 0, 3000), decode_step.Span("nvjet_x", 2000, 5000)]
-    found = decode_step.summarise([*spans, decode_step.Span("odd", 9000, 10_000)], steps=2)
+    spans = [profiling.Span("flex_attention", 0, 3000), profiling.Span("nvjet_x", 2000, 5000)]
+    found = profiling.summarise([*spans, profiling.Span("odd", 9000, 10_000)], steps=2)
     assert found["groups_ms"] == {"attention": 1.5, "matrix products": 1.5, "others": 0.5}
     assert (found["busy_ms"], found["idle_ms"], found["kernels"]) == (3.0, 2.0, 1.5)
 
