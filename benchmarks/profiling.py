@@ -218,7 +218,6 @@ def watched(engine: Engine) -> Iterator[list[Launch]]:
     `Engine.step` ends steps in the order in which it launched them, one at each call; a step that was launched before
     this began has no entry, and one that has not ended when this ends has none either.
     """
-    launched: list[Launch] = []
     ended: list[Launch] = []
     flights: dict[int, Launch] = {}
     launch, result, step = engine.runner.launch, StepInFlight.result, engine.step
@@ -229,7 +228,6 @@ def watched(engine: Engine) -> Iterator[list[Launch]]:
         seconds = time.perf_counter() - started
         decodes, prompts, tokens = contents(plan)
         found = Launch(decodes, prompts, tokens, is_graph(engine, decodes, prompts), seconds)
-        launched.append(found)
         flights[id(flight)] = found
         return flight
 

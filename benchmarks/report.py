@@ -19,6 +19,9 @@ from pathlib import Path
 
 import attention
 import decode_step
+import flex_options
+import mixed_step
+import products
 import start_up
 import sweeps
 import throughput
@@ -41,7 +44,10 @@ FIGURES = {
     "course": Source("throughput", throughput.course_table, f"throughput.py {TRACE} --baselines reference"),
     "attention": Source("attention", attention.tables, "attention.py"),
     "attention-prefill": Source("attention_prefill", attention.tables, "attention.py --prefill"),
+    "flex-options": Source("flex_options", flex_options.tables, "flex_options.py"),
+    "products": Source("products", products.tables, "products.py"),
     "decode-step": Source("decode_step", decode_step.tables, "decode_step.py --profile"),
+    "mixed-step": Source("mixed_step", mixed_step.tables, "mixed_step.py"),
     "throughput": Source("throughput", throughput.tables, f"throughput.py {TRACE} --baselines ..."),
     "throughput-lengths": Source(
         "throughput_lengths",
