@@ -8,7 +8,7 @@ A mix is "decodes x context + prompts x tokens". Its decodes run on and on, and 
 submitted, each of which wants one token; so with a step planned ahead of the one that runs, as the engine has it, every
 step has the same number of both (it is checked). Of each mix:
 
-    ms a step       by the host's clock, from the end of one step to the end of the next
+    ms a step       by the host's clock, from the end of one step to the end of the next; the median, as is what follows
     launch          of that, the host in `ModelRunner.launch`: it only hands work over, no GPU is waited for
     waits           of that, the host in `StepInFlight.result`; next to nothing means that the GPU waits for the host
     submits         of that, the host queueing prompts, which a server spreads over time
@@ -63,6 +63,8 @@ PROFILED_STEPS = 3
 LASTING, LEAD = 800, 60
 # A step whose GPU is idle for more than this share of it waits for the host.
 IDLE = 0.1
+# A mean of so many medians is worth a word: something was compiled, or the machine had other work.
+UNEVEN = 1.2
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,10 @@ def measure(feeder: Feeder, shape: ModelShape, mix: Mix, steps: int, device: str
         if others or len(timed) != steps:
             seen = f"{others[0].decodes} decodes, {others[0].prompts} prompts" if others else "no steps"
             return row | {"error": f"{len(others)} of {len(timed)} steps were of another mix, such as {seen}"}
-        row["seconds"] = (marks[-1] - marks[0]) / steps
-        row["median_seconds"] = statistics.median(after - before for before, after in itertools.pairwise(marks))
-        row["launch_seconds"] = statistics.mean(launch.launch_seconds for launch in timed)
-        row["wait_seconds"] = statistics.mean(launch.wait_seconds for launch in timed)
+        row["mean_seconds"] = (marks[-1] - marks[0]) / steps
+        row["seconds"] = statistics.median(after - before for before, after in itertools.pairwise(marks))
+        row["launch_seconds"] = statistics.median(launch.launch_seconds for launch in timed)
+        row["wait_seconds"] = statistics.median(launch.wait_seconds for launch in timed)
         row["submit_seconds"] = (feeder.submit_seconds - submitted) / steps
         row["tokens_per_second"] = mix.tokens / row["seconds"]
         row["tflop_per_s"] = mix.flop(shape) / row["seconds"] / 1e12
@@ -333,6 +335,12 @@ def tables(result: Result) -> str:
     headers = ["ms a step", "launch", "waits", "submits", "GPU busy", "busy", "limit", "tokens/s"]
     model = result["settings"]["model"]
     text = markdown([f"{model}: steps of", *headers, "TFLOP/s: step / products"], lines)
+    uneven = [
+        f"- {row['label']}: the mean is {row['mean_seconds'] * 1e3:,.2f} ms; some steps took much longer"
+        for row in result["rows"]
+        if "error" not in row and row["mean_seconds"] > UNEVEN * row["seconds"]
+    ]
+    text += "\n\n" + "\n".join(uneven) if uneven else ""
     for row in result["rows"]:
         if "profile" in row:
             text += (

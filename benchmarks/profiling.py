@@ -169,7 +169,8 @@ class Launch:
         launch_seconds: until `ModelRunner.launch` returned, which waits for nothing on a GPU.
         wait_seconds: in `StepInFlight.result`, which waits for the GPU; if that is next to nothing in every step, the
             host is what everybody waits for.
-        wall_seconds: of the `Engine.step` that ended it.
+        wall_seconds: of the `Engine.step` that ended it, in which the one behind it was launched: where the host is the
+            limit, that launch is what shows here.
     """
 
     decodes: int
