@@ -247,22 +247,27 @@ def tables(result: Result) -> str:
 
 
 def plot(result: Result) -> Figure:
-    """A step's products, each way, for each number of tokens."""
+    """A step's products, each way: batches of decodes, and beside them prompts, which take far longer."""
     rows = result["rows"]
-    points = list(dict.fromkeys((row["model"], row["step_tokens"]) for row in rows))
+    every = list(dict.fromkeys((row["model"], row["step_tokens"]) for row in rows))
     shapes = {SHAPES[name].name: SHAPES[name] for name in result["settings"]["models"]}
-    figure, (ax,) = new_figure(
-        result, "The matrix products of a step: microseconds a token", height=2 + 0.3 * len(points)
-    )
-    series: dict[str, list[float | None]] = {}
-    for way in WAYS:
-        found = [
-            sums([row for row in rows if row["model"] == model], shapes[model], tokens, way) for model, tokens in points
-        ]
-        series[way] = [None if s is None else s[1] * 1e6 / tokens for s, (_, tokens) in zip(found, points, strict=True)]
-    names = [f"{model}, {tokens:,} tokens" for model, tokens in points]
-    bars(ax, names, series, unit="microseconds a token, all layers and the output projection")
-    ax.legend(fontsize=7, frameon=False)
+    halves = [
+        [point for point in every if point[1] <= MOST_SAMPLED],
+        [point for point in every if point[1] > MOST_SAMPLED],
+    ]
+    halves = [points for points in halves if points]
+    title = "The matrix products of a step: all layers and the output projection"
+    figure, axes = new_figure(result, title, panels=len(halves), height=2 + 0.4 * max(map(len, halves)))
+    for ax, points in zip(axes, halves, strict=True):
+        series = {}
+        for way in WAYS:
+            found = [
+                sums([row for row in rows if row["model"] == model], shapes[model], tokens, way)
+                for model, tokens in points
+            ]
+            series[way] = [None if each is None else each[1] * 1e3 for each in found]
+        bars(ax, [f"{model}, {tokens:,}" for model, tokens in points], series, unit="ms, by model and tokens")
+    axes[0].legend(fontsize=7, frameon=False)
     return figure
 
 
