@@ -27,8 +27,9 @@ docs: .venv/docs
 
 # That every benchmark runs, on tiny shapes on the CPU; the figures mean nothing.
 benchmarks-smoke: .venv/test
-	for name in attention "attention --prefill" "decode_step --profile" shared_prefix throughput \
-			"throughput --samples" sweeps "sweeps --only block-size" start_up; do \
+	for name in attention "attention --prefill" flex_options products "decode_step --profile" shared_prefix \
+			"mixed_step --profile" "throughput --profile-steps 3" "throughput --samples" sweeps \
+			"sweeps --only block-size" start_up; do \
 		set -- $$name; script=$$1; shift; \
 		$(BIN)/python benchmarks/$$script.py --smoke --device cpu "$$@" || exit 1; \
 	done

@@ -19,10 +19,8 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from common import (
     SHAPES,
     ModelShape,
@@ -45,6 +43,7 @@ from common import (
     synchronize,
 )
 from matplotlib.figure import Figure
+from profiling import recorded_spans, summarise
 
 from paged import LLM, Engine, RequestOutputKind, SamplingParams
 
@@ -52,25 +51,6 @@ from paged import LLM, Engine, RequestOutputKind, SamplingParams
 WARM_UP = 8
 PROFILED_STEPS = 3
 COUNTERS = ("num_steps", "num_overlapped_steps")
-
-# Kernels by what they are for; the first group with a word in the kernel's name takes it.
-KERNEL_GROUPS = {
-    "attention": ("flex", "attention", "flash", "fmha", "sdpa"),
-    "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "splitk", "matmul", "aten::mm", "aten::addmm"),
-    "copies between host and device": ("memcpy", "memset"),
-    "sampling": ("argmax", "reduce_kernel", "sort", "topk", "softmax", "cumsum", "scan"),
-    "gathers and scatters": ("index", "gather", "scatter"),
-    "compiled pointwise work and norms": ("triton",),
-    "other pointwise work": ("elementwise", "cat", "copy", "aten::"),
-}
-
-
-class Span(NamedTuple):
-    """One kernel: its name, and when it ran, in microseconds."""
-
-    name: str
-    start: float
-    end: float
 
 
 class Plan(NamedTuple):
@@ -169,70 +149,13 @@ def measure(
 
 def profiled(engine: Engine, device: str) -> dict[str, Any]:
     """Where the device's time goes in a few steps, and how long it waits between kernels."""
-    on_gpu = device.startswith("cuda")
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    synchronize(device)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with recorded_spans(device, host=True) as spans:
         started = time.perf_counter()
         for _ in range(PROFILED_STEPS):
             engine.step()
         synchronize(device)
         wall = time.perf_counter() - started
-    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    spans = [
-        Span(event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == wanted and (on_gpu or not event.cpu_children) and not is_annotation(event)
-    ]
     return summarise(spans, PROFILED_STEPS) | {"wall_ms": wall / PROFILED_STEPS * 1e3}
-
-
-def is_annotation(event: Any) -> bool:
-    """Whether an event only names a stretch of others, as torch.compile does for its graphs."""
-    marked = getattr(event, "is_user_annotation", False)
-    return marked or event.name.startswith(("##", "Torch-Compiled", "ProfilerStep"))
-
-
-def group_of(kernel: str) -> str:
-    """What a kernel is for, by its name.
-
-    >>> group_of("triton_tem_fused_flex_attention_0"), group_of("nvjet_tst_128x8_64x12"), group_of("unheard_of")
-    ('attention', 'matrix products', 'others')
-    """
-    name = kernel.lower()
-    return next((group for group, words in KERNEL_GROUPS.items() if any(word in name for word in words)), "others")
-
-
-def busy_microseconds(spans: Iterable[Span]) -> float:
-    """Time in which at least one kernel ran.
-
-    >>> busy_microseconds([Span("a", 0, 4), Span("b", 2, 5), Span("c", 7, 8)])
-    6.0
-    """
-    busy, end = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda span: span.start):
-        busy += max(0.0, span.end - max(span.start, end))
-        end = max(end, span.end)
-    return busy
-
-
-def summarise(spans: list[Span], steps: int) -> dict[str, Any]:
-    """Milliseconds a step: the five largest groups, all kernels, and waiting between them under the profiler."""
-    groups: dict[str, float] = {}
-    for span in spans:
-        name = group_of(span.name)
-        groups[name] = groups.get(name, 0.0) + span.end - span.start
-    busy = busy_microseconds(spans)
-    window = max((span.end for span in spans), default=0.0) - min((span.start for span in spans), default=0.0)
-    largest = sorted(groups.items(), key=lambda group: -group[1])[:5]
-    return {
-        "groups_ms": {name: microseconds / steps / 1e3 for name, microseconds in largest},
-        "busy_ms": busy / steps / 1e3,
-        "idle_ms": (window - busy) / steps / 1e3,
-        "kernels": len(spans) / steps,
-    }
 
 
 def tables(result: Result) -> str:
@@ -306,6 +229,7 @@ def main() -> None:
 
     bandwidth = copy_bandwidth(device)
     rows = []
+    start_up: dict[str, Any] = {}
     for name in arguments.models:
         shape = SHAPES[name]
         free_memory(device)
@@ -325,6 +249,7 @@ def main() -> None:
             enforce_eager=True if arguments.enforce_eager else None,
         )
         print(f"{shape.name}: engine ready after {time.perf_counter() - started:.0f} s", flush=True)
+        start_up[shape.name] = getattr(llm.engine.runner, "start_up_seconds", None)
         for batch in arguments.batches:
             row = measure(
                 llm,
@@ -351,6 +276,7 @@ def main() -> None:
             "enforce_eager": arguments.enforce_eager,
         },
         "copy_bandwidth": bandwidth,
+        "start_up_seconds": start_up,
         "rows": rows,
     }
     publish(result, tables(result), plot(result), output_file(arguments, "decode_step"))

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import attention
 import decode_step
+import flex_options
+import mixed_step
+import products
 import shared_prefix
 import start_up
 import sweeps
@@ -42,8 +45,11 @@ FIGURES = {
     "course": Source("throughput", throughput.course_table, f"throughput.py {TRACE} --baselines reference"),
     "attention": Source("attention", attention.tables, "attention.py"),
     "attention-prefill": Source("attention_prefill", attention.tables, "attention.py --prefill"),
+    "flex-options": Source("flex_options", flex_options.tables, "flex_options.py"),
+    "products": Source("products", products.tables, "products.py"),
     "decode-step": Source("decode_step", decode_step.tables, "decode_step.py --profile"),
     "shared-prefix": Source("shared_prefix", shared_prefix.tables, "shared_prefix.py"),
+    "mixed-step": Source("mixed_step", mixed_step.tables, "mixed_step.py"),
     "throughput": Source("throughput", throughput.tables, f"throughput.py {TRACE} --baselines ..."),
     "throughput-lengths": Source(
         "throughput_lengths",

@@ -61,6 +61,7 @@ from common import (
     write_config,
 )
 from matplotlib.figure import Figure
+from profiling import by_kind, kinds_table, num_graph_steps, profile_steps, profile_table, watched
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from paged import LLM, RequestOutputKind, SamplingParams
@@ -192,30 +193,24 @@ def serve_paged(llm: LLM, workload: Workload, *, most_wanted: int | None = None)
     engine, scheduler = llm.engine, llm.engine.scheduler
     wanted = {str(i): min(request.wanted, most_wanted or request.wanted) for i, request in enumerate(workload.requests)}
     preemptions, recomputed = scheduler.num_preemptions, scheduler.num_recomputed_tokens
+    overlapped, graphs = engine.num_overlapped_steps, num_graph_steps(engine)
     lengths: dict[str, int] = {}
     live_shares: list[float] = []
     num_steps = most_running = 0
-    started = time.perf_counter()
-    for i, request in enumerate(workload.requests):
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=wanted[str(i)],
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine.add_request(str(i), request.prompt, params)
-    while engine.has_unfinished_requests:
-        for output in engine.step():
-            if output.finished:
-                lengths[output.request_id] = len(output.outputs[0].token_ids)
-        num_steps += 1
-        most_running = max(most_running, len(scheduler.running))
-        held = (scheduler.pool.num_usable - scheduler.pool.num_free) * scheduler.block_size
-        if num_steps % SAMPLED_EVERY == 0 and held:
-            sequences = [sequence for request in scheduler.running for sequence in request.sequences]
-            live_shares.append(sum(sequence.num_computed_tokens for sequence in sequences) / held)
-    seconds = time.perf_counter() - started
+    with watched(engine) as launches:
+        started = time.perf_counter()
+        submit(llm, workload, wanted)
+        while engine.has_unfinished_requests:
+            for output in engine.step():
+                if output.finished:
+                    lengths[output.request_id] = len(output.outputs[0].token_ids)
+            num_steps += 1
+            most_running = max(most_running, len(scheduler.running))
+            held = (scheduler.pool.num_usable - scheduler.pool.num_free) * scheduler.block_size
+            if num_steps % SAMPLED_EVERY == 0 and held:
+                sequences = [sequence for request in scheduler.running for sequence in request.sequences]
+                live_shares.append(sum(sequence.num_computed_tokens for sequence in sequences) / held)
+        seconds = time.perf_counter() - started
     assert lengths == wanted, "a request did not get the tokens that it asked for"
     return served(
         workload,
@@ -226,7 +221,37 @@ def serve_paged(llm: LLM, workload: Workload, *, most_wanted: int | None = None)
         recomputed_tokens=scheduler.num_recomputed_tokens - recomputed,
         live_share=statistics.mean(live_shares) if live_shares else None,
         kv_bytes=engine.runner.kv_cache_bytes,
+        overlapped_steps=engine.num_overlapped_steps - overlapped,
+        graph_steps=None if graphs is None else (num_graph_steps(engine) or 0) - graphs,
+        kinds=by_kind(launches),
+        start_up_seconds=getattr(engine.runner, "start_up_seconds", None),
     )
+
+
+def submit(llm: LLM, workload: Workload, wanted: dict[str, int]) -> None:
+    """Queue all requests, named by their number; `wanted` says how many tokens each gets."""
+    for i, request in enumerate(workload.requests):
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=wanted[str(i)],
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        llm.engine.add_request(str(i), request.prompt, params)
+
+
+def profile_middle(llm: LLM, workload: Workload, steps: int, device: str, *, ended_share: float) -> dict[str, Any]:
+    """Serve the workload until this share of its requests has ended, profile so many steps, and drop the rest."""
+    engine = llm.engine
+    submit(llm, workload, {str(i): request.wanted for i, request in enumerate(workload.requests)})
+    ended = 0
+    while ended < ended_share * len(workload.requests):
+        ended += sum(output.finished for output in engine.step())
+    found = profile_steps(engine, device, steps)
+    for i in range(len(workload.requests)):
+        engine.abort_request(str(i))
+    return found
 
 
 def plain_model(shape: ModelShape, device: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -343,9 +368,14 @@ def run_paged(shape: ModelShape, workload: Workload, arguments: argparse.Namespa
         counts = [len(workload.requests)] * arguments.rounds
         if arguments.baselines and number == 0:
             counts.append(min(arguments.baseline_requests, len(workload.requests)))
-        for count in counts:
+        for i, count in enumerate(counts):
             row = serve_paged(llm, workload.first(count))
-            yield row | {"name": "paged", "size": most, "peak_memory": peak_memory(arguments.device)}
+            row |= {"name": "paged", "size": most, "peak_memory": peak_memory(arguments.device)}
+            if arguments.profile_steps and i == len(counts) - 1:
+                row["profile"] = profile_middle(
+                    llm, workload, arguments.profile_steps, arguments.device, ended_share=arguments.profile_at
+                )
+            yield row
         del llm
 
 
@@ -371,6 +401,16 @@ def report(row: dict[str, Any]) -> None:
     """A line as soon as something is known."""
     said = row.get("error") or f"{row['seconds']:.1f} s, {row['output_per_second']:,.0f} output tokens/s"
     print(f"{row['name']}, size {row['size']}, {row['requests']} requests: {said}", flush=True)
+    if "kinds" in row:
+        print(f"start-up: {row['start_up_seconds']}")
+        graphs = "not counted" if row["graph_steps"] is None else row["graph_steps"]
+        print(
+            f"{row['steps']} steps, {row['overlapped_steps']} overlapped, CUDA graphs by the runner's count: {graphs}"
+        )
+        print(kinds_table(row["kinds"]), flush=True)
+    if "profile" in row:
+        print(f"\nof another run, cut short:\n{profile_table(row['profile'])}")
+        print(kinds_table(row["profile"]["kinds"]), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
@@ -462,7 +502,14 @@ def tables(result: Result) -> str:
         f"{mark}{workload['name']}, {result['settings']['model']} shape, {workload['requests']} requests, "
         f"{workload['input_tokens']:,} tokens in, {workload['output_tokens']:,} out.\n\n"
     )
-    return text + markdown(headers, lines)
+    text += markdown(headers, lines)
+    counted = next((row for row in rows if "kinds" in row), None)
+    if counted is not None:
+        overlapped = f"{counted['overlapped_steps']} of {counted['steps']}"
+        text += (
+            f"\n\nThe first row's steps, {overlapped} launched while another ran:\n\n{kinds_table(counted['kinds'])}"
+        )
+    return text
 
 
 def samples_table(result: Result) -> str:
@@ -541,6 +588,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=1, help="runs of the engine, each a row")
+    parser.add_argument("--profile-steps", type=int, default=0, help="so many steps of one run more under the profiler")
+    parser.add_argument(
+        "--profile-at",
+        type=float,
+        default=0.25,
+        help="share of the requests that have ended then; once all are admitted, no step has prompts in it",
+    )
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=[], help="minutes each; default: none")
     parser.add_argument("--baseline-requests", type=int, default=64)
     parser.add_argument("--reference-sizes", nargs="+", type=int, default=[16, 32], help="rows of its cache")
