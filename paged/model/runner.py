@@ -1,6 +1,7 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from paged.kv_pool import (
 )
 from paged.model.attention_form import choose_form
 from paged.model.calibration import calibrate
-from paged.model.decode_graphs import DecodeGraphs, capture_sizes
+from paged.model.decode_graphs import CannotBeCaptured, DecodeGraphs, capture_sizes
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
 from paged.model.fused_projections import fuse_projections
 from paged.model.largest_steps import largest_steps
@@ -34,6 +35,8 @@ from paged.model.paged_attention import find_attention
 from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
 from paged.transfer import to_host
+
+logger = logging.getLogger(__name__)
 
 # Shapes are dynamic, but sizes 0 and 1 and one or two attention groups still make graphs of their own. Past its limit
 # the compiler would raise (fullgraph), so leave room for all of them.
@@ -130,6 +133,7 @@ class ModelRunner:
         self._builder = self._make_builder(loaded)
         self._flex = self._make_flex_builder(loaded) if self.attention_form == "flex" else None
         self.graphs: DecodeGraphs | None = None
+        self._capture_sizes = [] if self._flex is None else _capture_sizes(config)
 
         # From here on in the order in which one thing decides the next: what steps need, then how large the pool is,
         # and then the graphs, which hold the pool's addresses.
@@ -139,8 +143,8 @@ class ModelRunner:
         self.most_gather_bytes = 0  # by requests, not by what was run to measure
         measured = time.perf_counter()
         self.memory_ledger: MemoryLedger = self._open_pools(loaded, needs)
-        if self._flex is not None and self._capture_sizes(config):
-            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes(config))
+        if self._capture_sizes:
+            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes)
             self.memory_ledger = self.memory_ledger.with_graphs(graph_bytes)
         self.start_up_seconds = {
             "profile and compile": measured - started,
@@ -188,12 +192,6 @@ class ModelRunner:
             device=loaded.device,
         )
 
-    @staticmethod
-    def _capture_sizes(config: EngineConfig) -> list[int]:
-        """Batch sizes that decode steps are to be captured for."""
-        sizes = config.cudagraph_capture_sizes
-        return capture_sizes(config.max_num_seqs) if sizes is None else sorted(set(sizes))
-
     @torch.inference_mode()
     def _capture(self, loaded: LoadedModel, sizes: list[int]) -> tuple[DecodeGraphs, int]:
         """CUDA graphs of decode steps over the pool that is there now, and the bytes they take."""
@@ -206,6 +204,17 @@ class ModelRunner:
         assert before is not None, "this form runs on a GPU"
         assert after is not None, "this form runs on a GPU"
         return graphs, max(0, before.free - after.free)
+
+    def _graph_bytes(self, loaded: LoadedModel) -> int:
+        """What CUDA graphs will take, from one that is captured for a try; if none can be, there will be none."""
+        try:
+            # All graphs share one memory, which the largest fills; each takes a little of its own.
+            _, num_bytes = self._capture(loaded, self._capture_sizes[-1:])
+        except CannotBeCaptured as error:
+            logger.warning("decode steps will not run as CUDA graphs: %s", error)
+            self._capture_sizes = []
+            return 0
+        return num_bytes + len(self._capture_sizes) * BYTES_OF_A_GRAPH
 
     def _measure(self, loaded: LoadedModel) -> MemoryNeeds:
         """What is taken beside the pool: on a GPU the largest steps are run on a pool that is just large enough."""
@@ -229,11 +238,8 @@ class ModelRunner:
             num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
             run_largest_steps=run_largest_steps,
         )
-        if self._flex is not None and self._capture_sizes(config):
-            # All graphs share one memory, which the largest fills; each takes a little of its own.
-            sizes = self._capture_sizes(config)
-            _, graph_bytes = self._capture(loaded, sizes[-1:])
-            needs = replace(needs, graphs=graph_bytes + len(sizes) * BYTES_OF_A_GRAPH)
+        if self._capture_sizes:
+            needs = replace(needs, graphs=self._graph_bytes(loaded))
         # So that the pool gets pages of its own, and not those that steps will want again.
         release_unused(loaded.device)
         return needs
@@ -372,3 +378,9 @@ def _on_its_way_to_host(sampled: Tensor) -> tuple[Tensor, torch.cuda.Event | Non
     """The same numbers on the host, and when they are there; None if they are there already."""
     on_host = to_host(sampled)
     return on_host, torch.cuda.current_stream().record_event() if sampled.is_cuda else None
+
+
+def _capture_sizes(config: EngineConfig) -> list[int]:
+    """Batch sizes that decode steps are to be captured for."""
+    sizes = config.cudagraph_capture_sizes
+    return capture_sizes(config.max_num_seqs) if sizes is None else sorted(set(sizes))
