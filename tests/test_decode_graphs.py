@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged.attention import dense
+from paged.attention import dense, flex
 from paged.attention.dense import PromptLengths
 from paged.attention.flex import DecodePlan
 from paged.attention.merge import merge_two
@@ -22,10 +22,10 @@ from paged.config import EngineConfig
 from paged.kv_pool import LayerShape, finite_values
 from paged.model import flex_op
 from paged.model.attention_form import choose_form
-from paged.model.decode_graphs import DecodeGraphs, can_be_captured, capture_order, capture_sizes
+from paged.model.decode_graphs import CannotBeCaptured, DecodeGraphs, can_be_captured, capture_order, capture_sizes
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder, Prompt, read_host
 from paged.model.paged_attention import AttentionCall
-from paged.model.runner import ModelRunner
+from paged.model.runner import BYTES_OF_A_GRAPH, ModelRunner
 from paged.step import RowPlan, Sample, Step
 from reference.attention import attention
 
@@ -300,6 +300,58 @@ def test_a_captured_step_takes_the_next_larger_size_and_tells_who_is_broken():
     assert not DecodeGraphs(played.forward, played.builder, played.last_token_ids).fits(Step(rows=(row_of(0, 3),)))
 
 
+class SyncMode:
+    """PyTorch's switch that makes waiting for the GPU an error."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.modes = ["default"]
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.modes[-1])
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.modes.append)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("called a synchronizing CUDA operation", CannotBeCaptured), ("CUDA out of memory", RuntimeError), (None, None)],
+)
+def test_a_layer_that_waits_for_the_gpu_is_found_before_a_capture(message, expected, monkeypatch):
+    switch, played = SyncMode(monkeypatch), Played([2])
+    played.graphs._batch.zero_()
+
+    def forward(*arguments):
+        assert switch.modes[-1] == "error"
+        if message is not None:
+            raise RuntimeError(message)
+        return played.forward(*arguments)
+
+    played.graphs._forward = forward
+    if expected is None:
+        played.graphs._run_without_waiting(2)
+        assert len(played.seen) == 1
+    else:
+        with pytest.raises(RuntimeError, match=message) as caught:
+            played.graphs._run_without_waiting(2)
+        assert caught.type is expected
+    assert switch.modes == ["default", "error", "default"]
+
+
+def test_an_engine_whose_layers_wait_has_no_graphs(caplog):
+    tried = []
+
+    def capture(loaded, sizes):
+        tried.append(sizes)
+        if broken:
+            raise CannotBeCaptured("a layer waits")
+        return None, 1000
+
+    for broken in (False, True):
+        runner = SimpleNamespace(_capture=capture, _capture_sizes=[1, 4, 8])
+        num_bytes = ModelRunner._graph_bytes(runner, None)
+        assert num_bytes == (0 if broken else 1000 + 3 * BYTES_OF_A_GRAPH)
+        assert runner._capture_sizes == ([] if broken else [1, 4, 8])
+        assert ("will not run as CUDA graphs: a layer waits" in caplog.text) == broken
+    assert tried == [[8], [8]], "the largest is tried"
+
+
 # --- one operation for everything -------------------------------------------------------------------------------------
 
 
@@ -399,13 +451,20 @@ def test_a_long_chunk_is_the_sum_of_its_parts(num_queries, context_len, kernels,
     assert played.calls == kernels
 
 
+def fives(query, *_, **__) -> tuple[Tensor, Tensor]:
+    """Decodes whose values are all 5 and whose weights sum up to 1."""
+    return torch.full_like(query, 5), query.new_zeros(query.shape[:2])
+
+
+@pytest.mark.parametrize("num_decodes", [0, 1, 3])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(
     ("starts", "lens"),
     [((0, 0, 0), (3, 20, 40)), ((10, 0, 60), (3, 20, 30)), ((80, 30, 2), (16, 2, 40)), ((0, 16, 33), (96, 20, 60))],
 )
-def test_prompts_of_a_step_by_the_libraries_kernels(starts, lens, window, monkeypatch):
+def test_prompts_of_a_step_by_the_libraries_kernels(starts, lens, window, num_decodes, monkeypatch):
     """Fresh ones, ones with a context, long ones among short ones: each finds its own queries, keys and context."""
+    monkeypatch.setattr(flex, "attend_decode", fives)
     played = Kernels(monkeypatch)
     monkeypatch.setattr(dense, "supports", lambda *_: True)
     for name, value in {"LONG_CHUNK": 16, "LONG_CONTEXT": 50, "QUERY_STEP": 4, "CONTEXT_STEP": 8}.items():
@@ -421,18 +480,22 @@ def test_prompts_of_a_step_by_the_libraries_kernels(starts, lens, window, monkey
         for row, (start, length, change) in enumerate(zip(starts, lens, changes, strict=True))
     ]
     builder.replay(Step(rows=tuple(rows)))
-    query = torch.randn(sum(lens) + 2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    new = [[tensor[row.start : row.end] for tensor in contexts[i]] for i, row in enumerate(rows)]
-    key, value = (
-        torch.cat([*tensors, torch.zeros(2, 2, 16, dtype=torch.float64)]) for tensors in zip(*new, strict=True)
+    query = torch.randn(
+        num_decodes + sum(lens) + 2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
     )
-    inputs = builder.build(Step(rows=tuple(rows)), torch.zeros(2, dtype=torch.int64))
+    new = [[tensor[row.start : row.end] for tensor in contexts[i]] for i, row in enumerate(rows)]
+    decoded, padded = (torch.zeros(count, 2, 16, dtype=torch.float64) for count in (num_decodes, 2))
+    key, value = (torch.cat([decoded, *tensors, padded]) for tensors in zip(*new, strict=True))
+    decodes = [row_of(3, 5)] * num_decodes
+    inputs = builder.build(Step(rows=(*decodes, *rows)), torch.zeros(2, dtype=torch.int64))
     inputs = inputs._replace(plans={window: inputs.plans[None]})
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64)
     out = flex_op.attend(
         query, key, value, key_cache, value_cache, inputs, sinks=sinks, scale=0.3, window=window, softcap=None
     )
-    first = 0
+    decoded = out[:num_decodes].transpose(1, 2)  # [decodes, D, Hq]
+    torch.testing.assert_close(decoded, (5 / (1 + sinks.exp())).expand(decoded.shape), rtol=1e-12, atol=0)
+    first = num_decodes
     for i, row in enumerate(rows):
         keys, values = (tensor[: row.end] for tensor in contexts[i])
         tokens = slice(first, first + len(row.token_ids))

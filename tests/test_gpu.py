@@ -45,6 +45,12 @@ PLAIN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Of what `build` leaves to the model's own initialisation."""
+    torch.manual_seed(0)
+
+
 def prepared(model: PreTrainedModel, folder) -> PreTrainedModel:
     model.save_pretrained(folder)
     return model
@@ -67,6 +73,10 @@ def check_that_it_ran(llm: LLM) -> None:
     assert pool.num_free == pool.num_usable
 
 
+# Experts in float32 make the host wait for the GPU, if transformers knows no better; then there are no graphs.
+WITH_EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")
+
+
 # qwen2 has biases, mistral and mixtral a window in every layer, gemma2 softcap and a window in every other layer,
 # gpt_oss sinks, mixtral and qwen3_moe experts. All have 3 query heads for each KV head.
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "mixtral", "qwen3_moe"])
@@ -78,7 +88,8 @@ def test_tokens_are_those_of_the_gathered_form_and_of_transformers(name, tmp_pat
     assert tokens == tokens_of(plain(tmp_path).generate(as_prompts(prompts), GREEDY))
     assert tokens == [generate(model, prompt, GREEDY.max_tokens) for prompt in prompts]
     assert len({token for each in tokens for token in each}) > 9, "a model that repeats itself would hide faults"
-    check_that_it_ran(llm)
+    if llm.engine.runner.graphs is not None or name not in WITH_EXPERTS:
+        check_that_it_ran(llm)
     if llm.engine.runner.sliding_window is None:  # or blocks are freed so early that the pool does not run out
         assert llm.engine.scheduler.num_preemptions > 0
 
@@ -285,8 +296,9 @@ def check_half(llm: LLM, model: PreTrainedModel, prompts: list[list[int]]) -> No
         assert (exact.amax(dim=1) - chosen).max() <= 4 * error
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "mistral", *WITH_EXPERTS])
 def test_prompts_in_bfloat16_take_flash_attention(name, tmp_path, monkeypatch):
+    """And the decodes run as graphs, those of experts too, whose rows are padded to 8 and to 4."""
     calls = counted(monkeypatch, "attend_together")
     model = prepared(build(name).bfloat16(), tmp_path)
     llm = load(tmp_path, **{**FLEX, "dtype": "bfloat16", "max_num_batched_tokens": 64})

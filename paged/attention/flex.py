@@ -470,7 +470,7 @@ def _pace(num_programs: int, num_splits: int) -> tuple[int, int]:
 
 
 def _kernel_options(cache: Tensor, value_dim: int, tile: int, pace: tuple[int, int]) -> dict[str, Any]:
-    """How the Triton kernel is cut: a tile of queries and the blocks loaded ahead have to fit any GPU's shared memory."""
+    """How the Triton kernel is cut: queries and the blocks loaded ahead have to fit any GPU's shared memory."""
     warps, stages = pace
     widths = [1 << (width - 1).bit_length() for width in (cache.shape[3], value_dim)]  # the kernel rounds them up
     keys, itemsize = min(cache.shape[1], 64), cache.dtype.itemsize  # keys read at a time

@@ -95,6 +95,10 @@ def _tuned_for(size: int) -> AbstractContextManager[object]:
     return torch._inductor.config.patch(coordinate_descent_tuning=True) if size == 1 else nullcontext()
 
 
+class CannotBeCaptured(RuntimeError):
+    """Something in the forward pass makes the host wait for the GPU, which a graph cannot hold."""
+
+
 class Decoded(NamedTuple):
     """What a captured step of B rows gives.
 
@@ -147,6 +151,9 @@ class DecodeGraphs:
         Args:
             sizes: batch sizes.
             seconds: after so many no other is begun.
+
+        Raises:
+            CannotBeCaptured: some layer waits for the GPU; nothing was captured then.
         """
         device = self._last_token_ids.device
         self._batch = torch.zeros(5, max(2, *sizes), dtype=torch.int64, device=device)
@@ -162,6 +169,8 @@ class DecodeGraphs:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream), _tuned_for(size):
                 self._run_batch(size, cascade=cascade)
+                if not self._graphs:
+                    self._run_without_waiting(size)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
@@ -199,6 +208,23 @@ class DecodeGraphs:
         self.num_steps += 1
         logits, sampled = self._decoded
         return Decoded(logits[:num_rows], sampled[:, :num_rows])
+
+    def _run_without_waiting(self, size: int) -> None:
+        """Run a batch that ran before, with whatever makes the host wait as an error.
+
+        In a capture it would be one as well, but a capture that breaks off leaves memory and stream in doubt. Experts
+        of other dtypes than bfloat16 wait: transformers asks the GPU how many tokens each of them got.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._run_batch(size, cascade=False)
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise CannotBeCaptured(f"a layer makes the host wait for the GPU: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
     def _run_batch(self, size: int, *, cascade: bool) -> None:
         """Run the first rows of the batch, and leave what they give where the others leave it."""

@@ -1,5 +1,6 @@
 """Runs Steps: the model with its pools, the batch builder and the sampler, on one device."""
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from paged.kv_pool import (
 )
 from paged.model.attention_form import choose_form
 from paged.model.calibration import calibrate
-from paged.model.decode_graphs import DecodeGraphs, capture_sizes, captures_in_order
+from paged.model.decode_graphs import CannotBeCaptured, DecodeGraphs, capture_sizes, captures_in_order
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder
 from paged.model.fused_projections import fuse_projections
 from paged.model.largest_steps import largest_steps
@@ -35,16 +36,15 @@ from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_l
 from paged.step import Step
 from paged.transfer import to_host
 
+logger = logging.getLogger(__name__)
+
 # Shapes are dynamic, but sizes 0 and 1 and one or two attention groups still make graphs of their own. Past its limit
 # the compiler would raise (fullgraph), so leave room for all of them.
 RECOMPILE_LIMIT = 64
 # With dynamic shapes this analysis may end the compilation with a bare AssertionError (pytorch issues 181563, 197077).
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
-
 # What a captured graph takes beside the memory that all share: its kernels' arguments.
 BYTES_OF_A_GRAPH = 4 * 2**20
-
-
 # The module's attributes where the attention function finds the tensors of a layer's cache, in their order.
 CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 
@@ -131,6 +131,7 @@ class ModelRunner:
         self._flex = self._make_flex_builder(loaded) if self.attention_form == "flex" else None
         self._prefixes = self._make_prefix_finder(loaded)
         self.graphs: DecodeGraphs | None = None
+        self._capture_sizes = [] if self._flex is None else _capture_sizes(config)
 
         # From here on in the order in which one thing decides the next: what steps need, then how large the pool is,
         # and then the graphs, which hold the pool's addresses.
@@ -140,8 +141,8 @@ class ModelRunner:
         self.most_gather_bytes = self.num_cascade_steps = 0  # by requests, not by what was run to measure
         measured = time.perf_counter()
         self.memory_ledger: MemoryLedger = self._open_pools(loaded, needs)
-        if self._flex is not None and self._capture_sizes(config):
-            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes(config))
+        if self._capture_sizes:
+            self.graphs, graph_bytes = self._capture(loaded, self._capture_sizes)
             self.memory_ledger = self.memory_ledger.with_graphs(graph_bytes)
         self.start_up_seconds = {
             "profile and compile": measured - started,
@@ -203,12 +204,6 @@ class ModelRunner:
             block_bytes=min(bytes_per_block([call.shape], config.block_size, loaded.kv_dtype) for call in calls),
         )
 
-    @staticmethod
-    def _capture_sizes(config: EngineConfig) -> list[int]:
-        """Batch sizes that decode steps are to be captured for."""
-        sizes = config.cudagraph_capture_sizes
-        return capture_sizes(config.max_num_seqs) if sizes is None else sorted(set(sizes))
-
     @torch.inference_mode()
     def _capture(self, loaded: LoadedModel, sizes: list[int]) -> tuple[DecodeGraphs, int]:
         """CUDA graphs of decode steps over the pool that is there now, and the bytes they take."""
@@ -222,6 +217,18 @@ class ModelRunner:
         assert before is not None, "this form runs on a GPU"
         assert after is not None, "this form runs on a GPU"
         return graphs, max(0, before.free - after.free)
+
+    def _graph_bytes(self, loaded: LoadedModel) -> int:
+        """What CUDA graphs will take, from one that is captured for a try; if none can be, there will be none."""
+        try:
+            # All graphs share one memory, which the largest fills; each takes a little of its own.
+            _, num_bytes = self._capture(loaded, self._capture_sizes[-1:])
+        except CannotBeCaptured as error:
+            logger.warning("decode steps will not run as CUDA graphs: %s", error)
+            self._capture_sizes = []
+            return 0
+        num_graphs = len(captures_in_order(self._capture_sizes, with_cascade=self._prefixes is not None))
+        return num_bytes + num_graphs * BYTES_OF_A_GRAPH
 
     def _measure(self, loaded: LoadedModel) -> MemoryNeeds:
         """What is taken beside the pool: on a GPU the largest steps are run on a pool that is just large enough."""
@@ -245,12 +252,8 @@ class ModelRunner:
             num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
             run_largest_steps=run_largest_steps,
         )
-        if self._flex is not None and self._capture_sizes(config):
-            # All graphs share one memory, which the largest fills; each takes a little of its own.
-            sizes = self._capture_sizes(config)
-            _, graph_bytes = self._capture(loaded, sizes[-1:])
-            num_graphs = len(captures_in_order(sizes, with_cascade=self._prefixes is not None))
-            needs = replace(needs, graphs=graph_bytes + num_graphs * BYTES_OF_A_GRAPH)
+        if self._capture_sizes:
+            needs = replace(needs, graphs=self._graph_bytes(loaded))
         # So that the pool gets pages of its own, and not those that steps will want again.
         release_unused(loaded.device)
         return needs
@@ -391,3 +394,9 @@ def _on_its_way_to_host(sampled: Tensor) -> tuple[Tensor, torch.cuda.Event | Non
     """The same numbers on the host, and when they are there; None if they are there already."""
     on_host = to_host(sampled)
     return on_host, torch.cuda.current_stream().record_event() if sampled.is_cuda else None
+
+
+def _capture_sizes(config: EngineConfig) -> list[int]:
+    """Batch sizes that decode steps are to be captured for."""
+    sizes = config.cudagraph_capture_sizes
+    return capture_sizes(config.max_num_seqs) if sizes is None else sorted(set(sizes))
