@@ -41,6 +41,7 @@ def builder_of(*, rows: int = 4, max_model_len: int = 96, windows: tuple[int | N
         max_model_len=max_model_len,
         block_size=P,
         num_kv_heads=2,
+        group=3,
         windows=windows,
         device=CPU,
     )
@@ -191,7 +192,7 @@ def test_prompts_and_decodes_of_a_step():
     inputs = builder.build(Step(rows=rows), slots)
     assert inputs.slot_mapping is slots
     assert inputs.block_tables is builder.block_tables
-    assert read_host(inputs.host) == (1, [Prompt(0, PromptLengths(3, 7)), Prompt(2, PromptLengths(50, 90))])
+    assert read_host(inputs.host) == (1, 0, [Prompt(0, PromptLengths(3, 7)), Prompt(2, PromptLengths(50, 90))])
     assert inputs.query_start_loc.tolist() == [0, 3, 53]
     assert inputs.key_start_loc.tolist() == [0, 7, 97]
     seen = [slot_of(tables[0], position) for position in range(7)]
@@ -199,7 +200,8 @@ def test_prompts_and_decodes_of_a_step():
     for plan in inputs.plans.values():  # both windows see all 20
         assert slots_read(plan, 0) == sorted(slot_of(tables[1], position) for position in range(20))
         assert slots_read(plan, 1) == [], "padding reads nothing"
-    assert [tensor.dtype for tensor in inputs[4:]] == [torch.int64, torch.int32, torch.int32]
+    starts = inputs.query_start_loc, inputs.key_start_loc
+    assert [each.dtype for each in (inputs.prompt_slots, *starts)] == [torch.int64, torch.int32, torch.int32]
     assert (inputs.host.dtype, inputs.host.device) == (torch.int64, CPU)
 
 
@@ -214,8 +216,10 @@ def test_nothing_is_so_short_that_the_compiler_would_make_a_graph_for_it(num_dec
         assert [len(tensor) for tensor in plan] == [max(2, num_decodes)] * len(plan)
     for tensor in (inputs.host, inputs.prompt_slots, inputs.query_start_loc, inputs.key_start_loc, inputs.block_tables):
         assert len(tensor) >= 2
-    num, prompts = read_host(inputs.host)
-    assert (num, len(prompts)) == (num_decodes, num_prompts)
+    for tensor in inputs.prefix:
+        assert len(tensor) >= 2
+    num, num_prefix_splits, prompts = read_host(inputs.host)
+    assert (num, num_prefix_splits, len(prompts)) == (num_decodes, 0, num_prompts)
 
 
 def test_a_step_of_one_token_is_padded_with_one_that_is_written_to_the_trash_block():
@@ -229,11 +233,11 @@ def test_a_step_of_one_token_is_padded_with_one_that_is_written_to_the_trash_blo
         positions=torch.tensor([20]),
         attention=SimpleNamespace(slot_mapping=torch.tensor([slot_of(tables[1], 20)])),
     )
-    ModelRunner._logits(runner, Step(rows=(row_of(1, 20),)), batch)
+    ModelRunner._logits(runner, Step(rows=(row_of(1, 20),)), batch, None)
     ((token_ids, positions, inputs, wanted),) = seen
     assert (token_ids.tolist(), positions.tolist(), wanted.tolist()) == ([5, 0], [20, 0], [0])
     assert inputs.slot_mapping.tolist() == [slot_of(tables[1], 20), TRASH * P]
-    assert read_host(inputs.host) == (1, [])
+    assert read_host(inputs.host) == (1, 0, [])
 
 
 # --- a captured batch -------------------------------------------------------------------------------------------------
@@ -250,12 +254,13 @@ class Played:
         self.seen: list[tuple[Tensor, Tensor, FlexInputs]] = []
         self.graphs = DecodeGraphs(self.forward, self.builder, self.last_token_ids)
         self.graphs.sizes = sizes
-        self.graphs._batch = torch.full((4, max(2, *sizes)), 99)
+        self.graphs._batch = torch.full((5, max(2, *sizes)), 99)
         self.graphs._decoded = self.graphs._decoded._replace(
             logits=torch.full((max(sizes), VOCAB), -9.0), sampled=torch.full((2, max(sizes)), -9)
         )
         self.graphs._graphs = {
-            size: SimpleNamespace(replay=lambda size=size: self.graphs._run_batch(size)) for size in sizes
+            (size, False): SimpleNamespace(replay=lambda size=size: self.graphs._run_batch(size, cascade=False))
+            for size in sizes
         }
 
     def forward(self, token_ids: Tensor, positions: Tensor, inputs: FlexInputs) -> Tensor:
@@ -274,7 +279,7 @@ def test_a_captured_step_takes_tokens_from_the_host_or_the_row_and_leaves_its_ow
     assert (token_ids.tolist(), positions.tolist()) == ([7, 1, 0, 0], [30, 4, 31, 0])
     places = [(2, 30), (0, 4), (1, 31)]
     assert inputs.slot_mapping.tolist() == [slot_of(played.tables[row], at) for row, at in places] + [TRASH * P]
-    assert read_host(inputs.host) == (4, [])
+    assert read_host(inputs.host) == (4, 0, [])
     for plan in inputs.plans.values():
         assert plan.seq_lens.tolist() == [31, 5, 32, 0]
         assert slots_read(plan, 3) == [], "padding reads nothing"
@@ -344,7 +349,7 @@ def test_an_engine_whose_layers_wait_has_no_graphs(caplog):
         return None, 1000
 
     for broken in (False, True):
-        runner = SimpleNamespace(_capture=capture, _capture_sizes=[1, 4, 8])
+        runner = SimpleNamespace(_capture=capture, _capture_sizes=[1, 4, 8], _prefixes=None)
         num_bytes = ModelRunner._graph_bytes(runner, None)
         assert num_bytes == (0 if broken else 1000 + 3 * BYTES_OF_A_GRAPH)
         assert runner._capture_sizes == ([] if broken else [1, 4, 8])
@@ -514,8 +519,8 @@ def loaded_of(device: str = "cuda", dtype=torch.bfloat16, kv_dtype=None):
     return SimpleNamespace(device=torch.device(device), dtype=dtype, kv_dtype=kv_dtype or dtype)
 
 
-SERVED = AttentionCall(torch.nn.Identity(), LayerShape(8, 128, 128), None)
-NARROW = AttentionCall(torch.nn.Identity(), LayerShape(8, 24, 12), 7)
+SERVED = AttentionCall(torch.nn.Identity(), LayerShape(8, 128, 128), None, num_heads=32)
+NARROW = AttentionCall(torch.nn.Identity(), LayerShape(8, 24, 12), 7, num_heads=8)
 FORMS = {
     "a GPU": ({}, loaded_of(), [SERVED], False, "flex", None),
     "float32": ({}, loaded_of(dtype=torch.float32), [SERVED], False, "flex", None),
