@@ -392,6 +392,26 @@ def test_decodes_through_the_operation_and_padding_gets_zeros():
         assert not out[num_decodes:].any()
 
 
+def fives(query, *_, **__) -> tuple[Tensor, Tensor]:
+    """Decodes whose values are all 5 and whose weights sum up to 1."""
+    return torch.full_like(query, 5), query.new_zeros(query.shape[:2])
+
+
+def test_what_the_operation_gives_lies_in_memory_as_the_compiler_was_told(monkeypatch):
+    """Also behind a rotation of part of each head, which leaves heads outermost, as FlexAttention then does."""
+    monkeypatch.setattr(flex, "attend_decode", fives)
+    builder, _ = filled()
+    key_cache, value_cache, _ = pool_of([[1]], [1])
+    query = torch.randn(4, 2, 16).transpose(0, 1)
+    step = Step(rows=(row_of(0, 3), row_of(1, 3)))
+    inputs = builder.build(step, torch.zeros(2, dtype=torch.int64))
+    wishes = {"sinks": None, "scale": 0.37, "window": None, "softcap": None}
+    out = flex_op.attend(query, query, query, key_cache, value_cache, inputs, **wishes)
+    promised = flex_op._shape_of_attend(query, query, query, key_cache, value_cache)
+    assert fives(query)[0].stride() != promised.stride(), "or there is nothing to see"
+    assert (out.shape, out.stride()) == (promised.shape, promised.stride())
+
+
 class Kernels:
     """The libraries' kernels, played by the reference."""
 
@@ -454,11 +474,6 @@ def test_a_long_chunk_is_the_sum_of_its_parts(num_queries, context_len, kernels,
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
     assert played.calls == kernels
-
-
-def fives(query, *_, **__) -> tuple[Tensor, Tensor]:
-    """Decodes whose values are all 5 and whose weights sum up to 1."""
-    return torch.full_like(query, 5), query.new_zeros(query.shape[:2])
 
 
 @pytest.mark.parametrize("num_decodes", [0, 1, 3])

@@ -35,8 +35,8 @@ FLEX = {
     "cudagraph_capture_sizes": (1, 4, 8),
     "cudagraph_capture_seconds": 600,
 }
-# Prompts in chunks, and a pool that five requests do not fit.
-TIGHT = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 12, "spare_blocks_per_seq": 0}
+# Prompts in chunks, a pool that five requests do not fit, and contexts too short for splits.
+TIGHT = {"max_model_len": 112, "max_num_batched_tokens": 24, "num_gpu_blocks_override": 12, "spare_blocks_per_seq": 0}
 PLAIN = {
     "enforce_eager": True,
     "attention_form": "gathered",
@@ -78,8 +78,11 @@ WITH_EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")
 
 
 # qwen2 has biases, mistral and mixtral a window in every layer, gemma2 softcap and a window in every other layer,
-# gpt_oss sinks, mixtral and qwen3_moe experts. All have 3 query heads for each KV head.
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "mixtral", "qwen3_moe"])
+# gpt_oss sinks, mixtral and qwen3_moe experts, glm a rotation of half of each head. All have 3 query heads for each KV
+# head.
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "mixtral", "qwen3_moe", "glm"]
+)
 def test_tokens_are_those_of_the_gathered_form_and_of_transformers(name, tmp_path):
     model = prepared(build(name), tmp_path)
     prompts = token_prompts(LENGTHS)

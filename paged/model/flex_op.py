@@ -50,7 +50,8 @@ def _attend(
             assert lse is not None, "this form runs on a GPU"
             out = apply_sinks(out, lse, sinks)
         if len(out) == len(query):
-            return out
+            # FlexAttention's output lies in memory as its query does, and the compiler was promised this order.
+            return out.contiguous()
     packed = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     if out is not None:
         packed[:num_decodes] = out[:num_decodes]
