@@ -133,6 +133,9 @@ class EngineConfig:
         sizes = self.cudagraph_capture_sizes
         if sizes is not None and not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"cudagraph_capture_sizes must be integers >= 1, got {sizes!r}")
+        seconds = self.cudagraph_capture_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise ValueError(f"cudagraph_capture_seconds must be a number >= 0, got {seconds!r}")
         space = self.swap_space
         if isinstance(space, bool) or not isinstance(space, int | float) or not 0 < space < math.inf:
             raise ValueError(f"swap_space must be a number of GiB > 0, got {space!r}")

@@ -393,7 +393,7 @@ class ModelRunner:
 def _on_its_way_to_host(sampled: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The same numbers on the host, and when they are there; None if they are there already."""
     on_host = to_host(sampled)
-    return on_host, torch.cuda.current_stream().record_event() if sampled.is_cuda else None
+    return on_host, torch.cuda.current_stream(sampled.device).record_event() if sampled.is_cuda else None
 
 
 def _capture_sizes(config: EngineConfig) -> list[int]:
