@@ -3,8 +3,8 @@
     python benchmarks/flex_options.py
     python benchmarks/flex_options.py --block-sizes 16 --warps 1 2 --stages 3 4 5
 
-`flex._pace` chooses warps and stages, `num_splits_for` the splits. Here both are set from outside: each pair of warps
-and stages is compiled once for each block size, held against float64 on some rows, and timed on every case:
+`pace_of` chooses warps and stages, `num_splits_for` the splits. Here both are set from outside: each pair of warps and
+stages is compiled once for each block size, held against float64 on some rows, and timed on every case:
 `attend_decode` alone, as a layer of the model calls it, with its plan made before. What flex chooses by itself is
 **bold** in the tables. Where the pair cannot be built (too much shared memory) the table says so. "GB/s" counts live K
 and V once; the L2 cache is passed over as in attention.py.
@@ -39,7 +39,7 @@ from common import (
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from paged.attention import flex
+from paged.attention import flex, flex_kernel
 
 SIZES = [(64, 2048), (256, 1024), (8, 2048), (1, 8192)]
 HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -83,15 +83,15 @@ def prepare(case: Case, device: str, dtype: torch.dtype, seed: int) -> Prepared:
 def own_pace(data: Data, splits: int) -> Pace:
     """Warps and stages that flex uses if nobody interferes."""
     case = data.case
-    pace = flex._pace(case.batch * splits * case.kv_heads, splits)
-    options = flex._kernel_options(data.key_cache, data.value_cache.shape[3], flex.SMALLEST, pace)
+    pace = flex.pace_of(case.batch * splits * case.kv_heads, splits)
+    options = flex_kernel.kernel_options(data.key_cache, data.value_cache.shape[3], flex_kernel.SMALLEST, pace)
     return options["num_warps"], options["num_stages"]
 
 
 @contextmanager
 def forced(pace: Pace) -> Iterator[None]:
     """Inside, every decode kernel is compiled with these warps and stages, also where flex would adjust them."""
-    options_of = flex._kernel_options
+    options_of = flex_kernel.kernel_options
 
     def options(cache: Tensor, value_dim: int, tile: int, wanted: Pace) -> dict[str, Any]:
         return {**options_of(cache, value_dim, tile, wanted), "num_warps": wanted[0], "num_stages": wanted[1]}
@@ -100,7 +100,7 @@ def forced(pace: Pace) -> Iterator[None]:
         return pace
 
     torch._dynamo.reset()
-    with mock.patch.object(flex, "_pace", paced), mock.patch.object(flex, "_kernel_options", options):
+    with mock.patch.object(flex, "pace_of", paced), mock.patch.object(flex_kernel, "kernel_options", options):
         yield
     torch._dynamo.reset()
 

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paged import SamplingParams
-from paged.attention import flex, gathered
+from paged.attention import flex, flex_kernel, gathered
 from paged.step import RowPlan, Sample, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,7 +317,7 @@ def test_options_reach_the_compiler_and_are_gone_afterwards():
     cache = torch.zeros(2, 32, 2, 128, dtype=torch.bfloat16)
 
     def ask():
-        options = flex._kernel_options(cache, 128, 16, flex._pace(8, 1))
+        options = flex_kernel.kernel_options(cache, 128, 16, flex.pace_of(8, 1))
         return torch.zeros(options["num_warps"], options["num_stages"])
 
     before = ask().shape

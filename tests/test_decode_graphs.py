@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paged.attention import dense, flex
 from paged.attention.dense import PromptLengths
-from paged.attention.flex import DecodePlan
+from paged.attention.flex_plan import DecodePlan
 from paged.attention.merge import merge_two
 from paged.blocks import NULL_BLOCK, TableChange
 from paged.config import EngineConfig

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paged.attention import flex
-from paged.attention.flex import DecodePlan
+from paged.attention.flex import attend_decode
+from paged.attention.flex_kernel import attend_blocks, mark_sizes, run_compiled, with_pool_columns
+from paged.attention.flex_plan import DecodePlan
 from paged.attention.merge import merge_parts, merge_two
 
 # Queries of one tile of the prefix part.
@@ -121,15 +122,15 @@ def attend(
     Returns:
         out [B, Hq, Dv], lse [B, Hq] float32.
     """
-    out, lse = flex.attend_decode(query, key_cache, value_cache, suffixes, scale=scale, softcap=softcap)
+    out, lse = attend_decode(query, key_cache, value_cache, suffixes, scale=scale, softcap=softcap)
     outs, lses = attend_prefix(
         query, key_cache, value_cache, prefix, num_splits=num_splits, scale=scale, softcap=softcap
     )
     assert lse is not None, "this form runs on a GPU"
     assert lses is not None, "this form runs on a GPU"
-    flex._mark_sizes((out, lse, prefix.is_member), (0,))
-    flex._mark_sizes((outs, lses), (0, 2))
-    merged, merged_lse = flex._run(_compiled_join, out, lse, outs, lses, prefix.is_member)
+    mark_sizes((out, lse, prefix.is_member), (0,))
+    mark_sizes((outs, lses), (0, 2))
+    merged, merged_lse = run_compiled(_compiled_join, out, lse, outs, lses, prefix.is_member)
     assert merged_lse is not None, "merging gives it"
     return merged, merged_lse
 
@@ -165,12 +166,12 @@ def attend_prefix(
     counts = prefix.counts.reshape(1, 1, -1)
     blocks = prefix.blocks.reshape(1, 1, len(prefix.counts), -1)
     if query.device.type == "cpu":
-        blocks = flex._with_pool_columns({"blocks": blocks}, len(key_cache))["blocks"]
+        blocks = with_pool_columns({"blocks": blocks}, len(key_cache))["blocks"]
     else:
-        flex._mark_sizes((key_cache, value_cache), (0,))
-        flex._mark_sizes((queries, counts), (2,))
-        flex._mark_sizes((blocks,), (2, 3))
-    out, lse = flex._run(_compiled_prefix, queries, key_cache, value_cache, counts, blocks, scale, softcap)
+        mark_sizes((key_cache, value_cache), (0,))
+        mark_sizes((queries, counts), (2,))
+        mark_sizes((blocks,), (2, 3))
+    out, lse = run_compiled(_compiled_prefix, queries, key_cache, value_cache, counts, blocks, scale, softcap)
 
     def by_row(tensor: Tensor) -> Tensor:
         """[1, Hkv, S * T * PREFIX_TILE, ...] -> [S, Hkv, B, G, ...]"""
@@ -221,7 +222,9 @@ def _prefix(
     # "Partial" blocks with a mask that lets all through: then there is one list and not a second, empty one.
     lists = None, None, counts, blocks
     wanted_score: Callable[..., Tensor] | None = None if softcap is None else score
-    return flex._flex(query, key_cache, value_cache, lists, everything, wanted_score, scale, PREFIX_TILE, PREFIX_PACE)
+    return attend_blocks(
+        query, key_cache, value_cache, lists, everything, wanted_score, scale, PREFIX_TILE, PREFIX_PACE
+    )
 
 
 _compiled_prefix = torch.compile(_prefix, fullgraph=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paged.attention.cascade import PrefixPlan, num_tiles, plan_prefix
 from paged.attention.dense import PromptLengths
-from paged.attention.flex import DecodePlan, num_splits_for, plan_decode
+from paged.attention.flex_plan import DecodePlan, num_splits_for, plan_decode
 from paged.blocks import NULL_BLOCK, blocks_for
 from paged.step import RowPlan, Step
 from paged.transfer import to_device

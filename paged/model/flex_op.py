@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paged.attention import cascade, dense, flex
 from paged.attention.cascade import PrefixPlan
-from paged.attention.flex import CHUNK_TILE, DecodePlan
+from paged.attention.flex_plan import CHUNK_TILE, DecodePlan, place_blocks
 from paged.attention.merge import apply_sinks
 from paged.model.flex_inputs import FlexInputs, Prompt, read_host
 
@@ -191,7 +191,7 @@ def _attend_chunk(
     positions = torch.nn.functional.pad(positions, (0, padding), value=-1)[None]  # [1, Q]
     padded = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, padding))[None]  # [1, Q, Hq, D]
     lengths = positions.amax(dim=1) + 1
-    logical_index = flex.place_blocks(table, lengths, len(key_cache), block_size)
+    logical_index = place_blocks(table, lengths, len(key_cache), block_size)
     out, lse = flex.attend_chunks(
         padded, key_cache, value_cache, table, positions, logical_index, scale=scale, window=window, softcap=softcap
     )
