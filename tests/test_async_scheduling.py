@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import as_prompts, load, token_prompts, tokens_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from paged import LLM, BeamSearchParams, SamplingParams
@@ -80,18 +80,36 @@ def expected():
     return found
 
 
-@st.composite
-def engine_settings(draw) -> dict:
-    block_size = draw(st.integers(1, 24))
+def fewest_blocks(block_size: int) -> int:
+    """The smallest pool that every request fits, the null and the trash block included."""
     most = [
         len(prompt) // block_size
         + n * (-(-(len(prompt) + wish.max_tokens - 1) // block_size) - len(prompt) // block_size)
         for prompt, wish, n in zip(PROMPTS, WISHES, NUM_SEQUENCES, strict=True)
     ]
+    return 2 + max(most)
+
+
+def tight(preemption_mode: str) -> dict:
+    """Settings under which requests are preempted: a drawn pool may be large enough for all."""
+    return {
+        "block_size": 4,
+        "num_gpu_blocks_override": fewest_blocks(4),
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 40,
+        "spare_blocks_per_seq": 0,
+        "preemption_mode": preemption_mode,
+        "swap_space": 1,
+    }
+
+
+@st.composite
+def engine_settings(draw) -> dict:
+    block_size = draw(st.integers(1, 24))
     chunked = draw(st.booleans())
     return {
         "block_size": block_size,
-        "num_gpu_blocks_override": 2 + max(most) + draw(st.integers(0, 120)) // block_size,
+        "num_gpu_blocks_override": fewest_blocks(block_size) + draw(st.integers(0, 120)) // block_size,
         "max_num_seqs": (seqs := draw(st.integers(3, 12))),
         "max_num_batched_tokens": draw(st.integers(seqs, 40)) if chunked else 100,
         "enable_chunked_prefill": chunked,
@@ -118,6 +136,8 @@ def test_planning_ahead_changes_no_token(expected, pytestconfig):
         st.just(list(range(6))) | st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, unique=True),
         st.none() | st.tuples(st.integers(0, 60), st.integers(0, len(PROMPTS) - 1)),
     )
+    @example(tight("recompute"), [0] * len(PROMPTS), list(range(len(PROMPTS))), None)
+    @example(tight("swap"), [0] * len(PROMPTS), list(range(len(PROMPTS))), None)
     def check(chosen_settings, arrivals, chosen, aborted):
         engine = tiny(async_scheduling=True, **chosen_settings).engine
         for again in range(2):  # the second time over a filled prefix cache
@@ -136,9 +156,8 @@ def test_planning_ahead_changes_no_token(expected, pytestconfig):
 
     check()
     assert sum(engine.num_overlapped_steps for engine in engines) > sum(engine.num_steps for engine in engines) / 4
-    if len(engines) >= 40:
-        num_swaps = sum(engine.scheduler.num_swaps for engine in engines)
-        assert sum(engine.scheduler.num_preemptions for engine in engines) > num_swaps > 0
+    num_swaps = sum(engine.scheduler.num_swaps for engine in engines)
+    assert sum(engine.scheduler.num_preemptions for engine in engines) > num_swaps > 0
 
 
 # --- which steps overlap ----------------------------------------------------------------------------------------------

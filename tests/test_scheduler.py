@@ -762,7 +762,7 @@ def test_the_short_plan_of_a_decode_says_the_same(pytestconfig, monkeypatch):
         return steps[-1]
 
     monkeypatch.setattr(StepDraft, "finish", noted)
-    for seed in range(pytestconfig.getoption("--schedules") // 4):
+    for seed in range(pytestconfig.getoption("--schedules") // 16):
         with monkeypatch.context() as patch:
             patch.setattr(StepDraft, "plan_decode", counted)
             random_simulation(seed).run()
