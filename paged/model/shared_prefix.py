@@ -14,7 +14,7 @@ from paged.blocks import NULL_BLOCK
 from paged.step import Step
 
 # What the prefix part costs in each layer (copying queries, starting two more kernels, merging), as the bytes that
-# attention could have read from memory meanwhile: about 10 microseconds at 4 TB/s.
+# attention could have read from memory meanwhile: about 10 microseconds at 4 TB/s. An estimate, not measured yet.
 BYTES_WORTH_A_CASCADE = 40 * 10**6
 # Places where tables part that are looked behind. Rows that share more are fewer there, so the first ones matter.
 MOST_FORKS = 8
