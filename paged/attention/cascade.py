@@ -166,7 +166,7 @@ def attend_prefix(
     counts = prefix.counts.reshape(1, 1, -1)
     blocks = prefix.blocks.reshape(1, 1, len(prefix.counts), -1)
     if query.device.type == "cpu":
-        blocks = with_pool_columns({"blocks": blocks}, len(key_cache))["blocks"]
+        blocks = with_pool_columns(blocks, len(key_cache))
     else:
         mark_sizes((key_cache, value_cache), (0,))
         mark_sizes((queries, counts), (2,))

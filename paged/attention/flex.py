@@ -151,7 +151,10 @@ def attend_decode(
     rows = query.reshape(batch, 1, num_kv_heads, -1, head_dim)
     rows = rows.expand(-1, num_splits, -1, -1, -1).reshape(num_rows, num_kv_heads, -1, head_dim).contiguous()
     if query.device.type == "cpu":
-        plan = plan._replace(**with_pool_columns(plan._asdict(), len(key_cache)))
+        full, partial = (
+            with_pool_columns(blocks, len(key_cache)) for blocks in (plan.full_blocks, plan.partial_blocks)
+        )
+        plan = plan._replace(full_blocks=full, partial_blocks=partial)
     else:
         mark_sizes((rows, key_cache, value_cache, *plan[4:]), (0,))
         mark_sizes(plan[:4], (0, 3))
@@ -197,8 +200,9 @@ def attend_chunks(
     """
     counts_and_blocks = plan_chunks(block_tables, positions, block_size=key_cache.shape[1], window=window)
     if query.device.type == "cpu":
-        columns = with_pool_columns(dict(enumerate(counts_and_blocks)), len(key_cache))
-        counts_and_blocks = columns[0], columns[1], columns[2], columns[3]
+        full_counts, full, partial_counts, partial = counts_and_blocks
+        full, partial = (with_pool_columns(blocks, len(key_cache)) for blocks in (full, partial))
+        counts_and_blocks = full_counts, full, partial_counts, partial
     else:
         mark_sizes((key_cache, value_cache, logical_index), (0,))
         mark_sizes((query, positions), (0, 1))

@@ -140,9 +140,6 @@ def mark_sizes(tensors: Iterable[Tensor], changing: tuple[int, ...]) -> None:
                 torch._dynamo.mark_static(tensor, dim)
 
 
-def with_pool_columns(tensors: dict[Any, Tensor], num_blocks: int) -> dict[Any, Tensor]:
-    """Lists of blocks with as many columns as the pool has blocks, which is what the CPU's kernel wants."""
-    return {
-        name: torch.nn.functional.pad(tensor, (0, num_blocks - tensor.shape[-1])) if tensor.dim() == 4 else tensor
-        for name, tensor in tensors.items()
-    }
+def with_pool_columns(blocks: Tensor, num_blocks: int) -> Tensor:
+    """Lists of blocks [..., W] with as many columns as the pool has blocks, which is what the CPU's kernel wants."""
+    return torch.nn.functional.pad(blocks, (0, num_blocks - blocks.shape[-1]))

@@ -23,8 +23,7 @@ def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         out [..., H, Dv] in outs' dtype, lse [..., H] in lses' dtype. Where no part has a key: 0 and -inf.
 
     Example: two parts of one key each, with scores 0 and log 3.
-        >>> outs, lses = torch.tensor([[[4.0]], [[8.0]]]), torch.tensor([[0.0], [3.0]]).log()
-        >>> lses[0] = 0.0
+        >>> outs, lses = torch.tensor([[[4.0]], [[8.0]]]), torch.tensor([[1.0], [3.0]]).log()
         >>> out, lse = merge_parts(outs, lses)
         >>> out.item(), round(lse.exp().item(), 4)
         (7.0, 4.0)
@@ -36,8 +35,7 @@ def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.where(largest == -torch.inf, 0.0, largest)
     weights = torch.exp(lse - largest)
     total = weights.sum(dim=-3)  # [..., H, Dv]
-    parts = torch.where(weights > 0, outs.to(lses.dtype), 0.0)  # NaN stays where it is seen, and nowhere else
-    parts = torch.where(weights.isnan(), torch.nan, parts)
+    parts = torch.where(weights > 0, outs.to(lses.dtype), 0.0)  # a weight that is NaN makes NaN of any number
     out = (weights * parts).sum(dim=-3) / torch.where(total == 0, 1.0, total)
     return out.to(outs.dtype), (largest.squeeze(-3) + total.log())[..., 0]
 
