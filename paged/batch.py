@@ -4,13 +4,13 @@ All tokens of a step lie one after another, whoever they belong to. Three rows o
 
     row        |  a: decode  |  b: decode  |  c: a prompt of three tokens
     token_ids  |     17      |     42      |     3       4       5
-    positions  |      5      |      8      |     0       1       2
-    slots      |   2*4 + 1   |   9*4 + 0   |   8*4+0   8*4+1   8*4+2
+    positions  |      8      |      5      |     0       1       2
+    slots      |   9*4 + 0   |   2*4 + 1   |   8*4+0   8*4+1   8*4+2
                 `---------- group 0 ------'  `------- group 1 -------'
 
 Rows with one token and rows with many are attended apart, each kind padded to its own longest, so that a long prompt
 does not make every decode beside it as wide as itself. A form of attention that copies contexts (gathered, eager) gets
-finer groups: every prompt alone, and decodes with others whose contexts are at most twice theirs. One that does
+finer groups: every prompt alone, and decodes with others whose contexts are at least half as long. One that does
 not (fused) gets two groups at most, which keeps the number of graphs at two.
 
 The builder keeps one persistent row per sequence for what changes rarely (the block table, the sampling wishes) and
@@ -18,6 +18,7 @@ replays on it what the Step says has changed.
 """
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -238,14 +239,14 @@ class BatchBuilder:
         return torch.where(known, given, self.last_token_ids[self._tensor(rows)])
 
     def _fine_borders(self, step: Step) -> Iterator[int]:
-        """Rows at which a group should begin so that little is padded: each prompt, and decodes twice as long."""
+        """Rows at which a group should begin so that little is padded: each prompt, and decodes half as long."""
         if self._fine_groups:
             yield from range(step.num_single, len(step.rows))
-            longest = 0
+            shortest = sys.maxsize
             for i, row in enumerate(step.rows[: step.num_single]):
-                if row.end > longest:
+                if row.end < shortest:
                     yield i
-                    longest = max(2 * row.end, SHORT_CONTEXT)
+                    shortest = row.end // 2 if row.end > SHORT_CONTEXT else 0
 
     def _group(self, rows: np.ndarray, seq_lens: np.ndarray, first_tokens: np.ndarray) -> AttentionGroup:
         width = blocks_for(int(seq_lens.max()), self._block_size)

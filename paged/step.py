@@ -85,8 +85,8 @@ class Step:
     """The plan of one forward pass.
 
     Attributes:
-        rows: what each sequence computes. Those with a single token come first, in order of length, so that rows of a
-            kind (one query against a context of about that length, or many queries) lie beside each other.
+        rows: what each sequence computes. Those with a single token come first, the longest before the others, so that
+            rows of a kind (one query against a context of about that length, or many queries) lie beside each other.
         admissions: rows handed out since the last step.
         swap_outs: blocks to copy to host blocks, before anything else: they may be written in this very step.
         swap_ins: host blocks to copy to blocks, next. A step has swap_outs or swap_ins, never both.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 
 from paged.blocks import BlockCopy, TableChange
 from paged.request import Request, Sequence
@@ -97,8 +98,9 @@ class StepDraft:
 
     def finish(self) -> Step:
         """The Step."""
-        # In order of length, so that whoever pads contexts to the longest can take neighbours together.
-        self._singles.sort(key=lambda row: row.start)
+        # In order of length, so that whoever pads contexts to the longest can take neighbours together; and the longest
+        # first, because a GPU begins with the first rows: begun last, a long one would keep it waiting alone.
+        self._singles.sort(key=_length_before, reverse=True)
         rows = (*self._singles, *self._chunks)
         copies = tuple(copy for row in rows if row.table_change is not None for copy in row.table_change.copies)
         return Step(
@@ -110,6 +112,9 @@ class StepDraft:
             preempted=tuple(self.preempted),
             short_of_blocks=self.short_of_blocks,
         )
+
+
+_length_before = attrgetter("start")
 
 
 @cache

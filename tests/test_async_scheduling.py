@@ -296,7 +296,7 @@ def test_a_name_and_a_row_are_used_again_while_their_step_is_in_flight(folders):
     (in_flight,) = engine._in_flight
     engine.add_request("a", [7, 7], GREEDY)
     engine.step()
-    assert [row.row for row in in_flight.step.rows] == [row.row for row in engine._in_flight[0].step.rows]
+    assert {row.row for row in in_flight.step.rows} == {row.row for row in engine._in_flight[0].step.rows}
     done = {output.request_id: list(output.outputs[0].token_ids) for output in run_to_the_end(engine)}
     assert done == {"other": other, "a": new}
 

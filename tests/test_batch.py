@@ -110,9 +110,9 @@ def test_a_token_that_the_host_does_not_know_is_the_one_sampled_last_for_its_row
 
 
 def test_decodes_of_about_the_same_length_are_grouped():
-    """Up to 64, then each group up to twice its shortest."""
-    lengths = [3, 30, 60, 100, 190, 300, 900, 5000]
-    for fine_groups, expected in ((True, [[3, 30, 60], [100, 190], [300], [900], [5000]]), (False, [lengths])):
+    """Down to half of each group's longest, and all from 64 on."""
+    lengths = [5000, 900, 300, 190, 100, 60, 30, 3]
+    for fine_groups, expected in ((True, [[5000], [900], [300, 190], [100, 60], [30, 3]]), (False, [lengths])):
         builder = BatchBuilder(
             max_num_seqs=8, max_model_len=8192, block_size=16, vocab_size=VOCAB, device="cpu", fine_groups=fine_groups
         )

@@ -318,7 +318,7 @@ def test_beams_are_computed_together_or_not_at_all():
     s.branch(beams, [Branch(0, 7), Branch(0, 8), Branch(0, 9)])
     assert [sequence.output_token_ids for sequence in beams.sequences] == [[7], [8], [9]]
     step = s.schedule()
-    assert planned(step) == [("a", 4, 5)] + [("b", 5, 6)] * 3
+    assert planned(step) == [("b", 5, 6)] * 3 + [("a", 4, 5)]
     tables = [sequence.block_table.blocks for sequence in beams.sequences]
     assert len({table[0] for table in tables}) == 1
     assert len({table[1] for table in tables}) == 3, "two copies, and one keeps the block"
@@ -533,8 +533,8 @@ def test_a_step_is_planned_behind_one_in_flight():
     assert planned(first) == [("a", 0, 5), ("b", 0, 4), ("c", 0, 3)]
     second = s.schedule_ahead(first)
     assert [(row.request_id, row.start, row.token_ids) for row in second.rows] == [
-        ("b", 4, (None,)),
         ("a", 5, (None,)),
+        ("b", 4, (None,)),
         ("c", 3, (3, 4, 5, 6, 7, 8)),
     ]
     a, b, c = (r.sequences[0] for r in s.running)
@@ -543,8 +543,8 @@ def test_a_step_is_planned_behind_one_in_flight():
     s.update(first, [20, 21])
     assert (a.token_ids[5:], a.num_pending_tokens, a.length) == ([20], 0, 6)
     third = s.schedule_ahead(second)
-    assert planned(third) == [("a", 6, 7), ("c", 9, 10)], "the second token of b is its last"
-    s.update(second, [31, 30, 32])
+    assert planned(third) == [("c", 9, 10), ("a", 6, 7)], "the second token of b is its last"
+    s.update(second, [30, 31, 32])
     assert b.finish_reason == "length"
     assert (b.output_token_ids, a.output_token_ids, c.output_token_ids) == ([21, 31], [20, 30], [32])
 
@@ -684,7 +684,7 @@ def test_nobody_is_admitted_beside_somebody_who_found_no_blocks_behind_a_step_in
     second = s.schedule()
     s.add(request(s, "a", 1))
     third = s.schedule_ahead(second)
-    assert planned(third) == [("a", 0, 1), ("b", 5, 6), ("b", 5, 6)]
+    assert planned(third) == [("b", 5, 6), ("b", 5, 6), ("a", 0, 1)]
     s.update(second, [2, 2])
     s.add(request(s, "c", 1))
     assert s.pool.num_free == 1
