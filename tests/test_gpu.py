@@ -13,7 +13,7 @@ import torch
 from architectures import build
 from helpers import as_prompts, generate, load, token_prompts, tokens_of
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from paged import LLM, SamplingParams
 from paged.attention import dense
@@ -282,19 +282,46 @@ def counted(monkeypatch, name: str) -> list[int]:
     return calls
 
 
-def check_half(llm: LLM, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+def with_decided_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Let tokens choose their experts clearly, by numbers of their embeddings that are larger than what layers add.
+
+    Where two experts are nearly equal, rounding decides which of them a token gets, and its logits are others.
+    """
+    num_experts = 4
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        tokens = torch.arange(len(embedding))
+        embedding[:, :num_experts] = 0.0
+        embedding[tokens, tokens % num_experts], embedding[tokens, (tokens + 1) % num_experts] = 128.0, 64.0
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate.weight", "router.weight")):
+                parameter.copy_(torch.eye(*parameter.shape))
+            if name.endswith("router.bias"):
+                parameter.zero_()
+    return model
+
+
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights in bfloat16, but not its frequencies, which `model.bfloat16()` would round too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+def check_half(llm: LLM, folder, prompts: list[list[int]]) -> None:
     """Each token is one of the best, up to what rounding in bfloat16 does to transformers' own logits."""
     outputs = tokens_of(llm.generate(as_prompts(prompts), GREEDY))
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):
-        judge = model.to(device="cuda", dtype=dtype)
+        judge = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda")
         with torch.inference_mode():
             logits[dtype] = [
                 judge(torch.tensor([prompt + tokens], device="cuda"), use_cache=False).logits[0, len(prompt) - 1 : -1]
                 for prompt, tokens in zip(prompts, outputs, strict=True)
             ]
-    for tokens, exact, rounded in zip(outputs, logits[torch.float32], logits[torch.bfloat16], strict=True):
-        error = (exact - rounded.float()).abs().max()  # of one logit; two may be off by it, in both engines
+    for tokens, exact, in_half in zip(outputs, logits[torch.float32], logits[torch.bfloat16], strict=True):
+        error = (exact - in_half.float()).abs().max()  # of one logit; two may be off by it, in both engines
         chosen = exact.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
         assert (exact.amax(dim=1) - chosen).max() <= 4 * error
 
@@ -303,10 +330,11 @@ def check_half(llm: LLM, model: PreTrainedModel, prompts: list[list[int]]) -> No
 def test_prompts_in_bfloat16_take_flash_attention(name, tmp_path, monkeypatch):
     """And the decodes run as graphs, those of experts too, whose rows are padded to 8 and to 4."""
     calls = counted(monkeypatch, "attend_together")
-    model = prepared(build(name).bfloat16(), tmp_path)
+    model = build(name)
+    prepared(rounded(with_decided_experts(model) if name in WITH_EXPERTS else model), tmp_path)
     llm = load(tmp_path, **{**FLEX, "dtype": "bfloat16", "max_num_batched_tokens": 64})
     calls.clear()
-    check_half(llm, model, token_prompts([1, 40, 17, 90, 5]))
+    check_half(llm, tmp_path, token_prompts([1, 40, 17, 90, 5]))
     check_that_it_ran(llm)
     assert calls
 
@@ -319,11 +347,11 @@ def test_long_prompts_in_bfloat16_are_attended_in_parts(tmp_path, monkeypatch):
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = prepared(LlamaForCausalLM(config).eval().bfloat16(), tmp_path)
+    prepared(rounded(LlamaForCausalLM(config).eval()), tmp_path)
     settings = {"max_model_len": 8192, "max_num_batched_tokens": 1100, "num_gpu_blocks_override": 600}
     llm = load(tmp_path, **{**FLEX, **settings, "dtype": "bfloat16"})
     calls.clear()
-    check_half(llm, model, token_prompts([5300, 40, 600]))
+    check_half(llm, tmp_path, token_prompts([5300, 40, 600]))
     assert len(calls) >= 2, "at least one chunk of each of the two layers"
     check_that_it_ran(llm)
 
