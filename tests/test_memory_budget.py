@@ -195,7 +195,7 @@ def test_largest_steps_that_do_not_fit_the_gpu_are_an_error_with_advice(monkeypa
     ):
         measure_needs(
             config_of(), torch.device("cpu"), START, weights=[], buffers=0, block_bytes=1, num_pool_tensors=2,
-            run_largest_steps=run_out_of_memory,
+            run_largest_steps=run_out_of_memory, warm_up=lambda: None,
         )  # fmt: skip
 
 
@@ -243,6 +243,10 @@ class FakeGpu:
         stays = 300 if self.runs == 1 else 0  # the trial pool of 3 * 100
         self.take(stays, peak=7 * GIB if self.runs == 1 else 5 * GIB + 11, holes=17)
 
+    def warm_up(self):
+        assert self.runs == 1, "kernels are tuned before anything is measured"
+        self.take(0, peak=9 * GIB, holes=5)
+
 
 def test_needs_are_read_from_the_second_run(monkeypatch):
     gpu, device = FakeGpu(monkeypatch), torch.device("cuda")
@@ -253,7 +257,7 @@ def test_needs_are_read_from_the_second_run(monkeypatch):
     gpu.take(440, peak=0, holes=0)
     needs = measure_needs(
         config_of(), device, start, weights=[*weights, weights[0]], buffers=11, block_bytes=100, num_pool_tensors=4,
-        run_largest_steps=gpu.run_largest_steps,
+        run_largest_steps=gpu.run_largest_steps, warm_up=gpu.warm_up,
     )  # fmt: skip
     assert gpu.runs == 2
     assert needs == MemoryNeeds(

@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from paged.attention.flex import attend_decode
-from paged.attention.flex_kernel import attend_blocks, mark_sizes, run_compiled, with_pool_columns
+from paged.attention.flex_kernel import (
+    COMPILE_OPTIONS,
+    MERGE_OPTIONS,
+    attend_blocks,
+    mark_sizes,
+    run_compiled,
+    with_pool_columns,
+)
 from paged.attention.flex_plan import DecodePlan
 from paged.attention.merge import merge_parts, merge_two
 
@@ -227,6 +234,5 @@ def _prefix(
     )
 
 
-_compiled_prefix = torch.compile(_prefix, fullgraph=True)
-# One kernel, as for the parts of a decode.
-_compiled_join = torch.compile(join, fullgraph=True, options={"split_reductions": False})
+_compiled_prefix = torch.compile(_prefix, fullgraph=True, options=COMPILE_OPTIONS)
+_compiled_join = torch.compile(join, fullgraph=True, options=MERGE_OPTIONS)

@@ -26,7 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged.attention.flex_kernel import SMALLEST, attend_blocks, mark_sizes, pace_of, run_compiled, with_pool_columns
+from paged.attention.flex_kernel import (
+    COMPILE_OPTIONS,
+    MERGE_OPTIONS,
+    SMALLEST,
+    attend_blocks,
+    mark_sizes,
+    pace_of,
+    run_compiled,
+    with_pool_columns,
+)
 from paged.attention.flex_plan import CHUNK_TILE, DecodePlan, num_splits_for, place_blocks, plan_chunks, plan_decode
 from paged.attention.merge import apply_sinks, merge_parts
 from paged.attention.scores import check_arguments, nothing_seen
@@ -167,7 +176,7 @@ def attend_decode(
     if num_splits == 1:
         return out.reshape(batch, num_heads, value_dim), lse.reshape(batch, num_heads)
     outs, lses = out.reshape(batch, num_splits, num_heads, value_dim), lse.reshape(batch, num_splits, num_heads)
-    mark_sizes((outs, lses), (0,))
+    mark_sizes((outs, lses), (0, 1))
     return run_compiled(_compiled_merge, outs, lses)
 
 
@@ -361,7 +370,6 @@ def _chunks(
     return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
 
-_compiled_decode = torch.compile(_decode, fullgraph=True)
-# One kernel, not two: parts are few, and starting a kernel takes longer than going through them.
-_compiled_merge = torch.compile(merge_parts, fullgraph=True, options={"split_reductions": False})
-_compiled_chunks = torch.compile(_chunks, fullgraph=True)
+_compiled_decode = torch.compile(_decode, fullgraph=True, options=COMPILE_OPTIONS)
+_compiled_merge = torch.compile(merge_parts, fullgraph=True, options=MERGE_OPTIONS)
+_compiled_chunks = torch.compile(_chunks, fullgraph=True, options=COMPILE_OPTIONS)

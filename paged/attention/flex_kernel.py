@@ -13,6 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 SMALLEST = 16  # a side of a matrix product in Triton
+# These kernels are cut by hand, or so small that nothing is gained; trying out how would take longer than compiling all
+# the rest, when that is asked for around them (paged/model/decode_graphs.py).
+COMPILE_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": False}
+# One kernel, not two: parts are few, and starting a kernel takes longer than going through them.
+MERGE_OPTIONS = COMPILE_OPTIONS | {"split_reductions": False}
 # Most bytes of K and V that are read at a time, and of the queries beside them.
 BYTES_AHEAD = 32 * 1024
 

@@ -121,7 +121,8 @@ def plan_decode(
     )
 
     def rows(per_sequence: Tensor) -> Tensor:
-        return per_sequence.reshape(-1, 1).expand(-1, num_splits).flatten()
+        # A tensor of its own: of one sequence a view would do, and be another kind of tensor to the compiler.
+        return per_sequence.reshape(-1, 1).expand(-1, num_splits).flatten().contiguous()
 
     return DecodePlan(
         full_counts.int().reshape(-1, 1, 1),

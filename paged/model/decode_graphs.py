@@ -16,6 +16,7 @@ fewer sizes.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,12 @@ def _tuned_for(size: int) -> AbstractContextManager[object]:
     return torch._inductor.config.patch(coordinate_descent_tuning=True) if size == 1 else nullcontext()
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that all engines capture on: libraries keep a workspace for each stream, for ever."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class CannotBeCaptured(RuntimeError):
     """Something in the forward pass makes the host wait for the GPU, which a graph cannot hold."""
 
@@ -145,6 +152,25 @@ class DecodeGraphs:
         # leaves to the prefix part.
         self._batch = torch.zeros(5, 0, dtype=torch.int64)
 
+    def warm_up(self, sizes: Sequence[int], *, seconds: float) -> None:
+        """Run batches of the sizes that differ in kind, so that what they need compiled, tuned and loaded is.
+
+        While kernels are tuned they want memory that nobody needs later, so this should be done before there is a pool
+        that fills the GPU.
+
+        Args:
+            sizes: batch sizes that are to be captured.
+            seconds: after so many no other is begun.
+        """
+        self._prepare(sizes)
+        started = time.perf_counter()
+        for size, cascade in captures_in_order(sizes, with_cascade=self._with_cascade):
+            # How contexts are split, and so which kernels there are, changes with the powers of two.
+            if size == max(sizes) or size & (size - 1) == 0:
+                self._run_once(size, cascade=cascade)
+            if time.perf_counter() - started > seconds:
+                break
+
     def capture(self, sizes: Sequence[int], *, seconds: float) -> None:
         """Capture a graph for each size, as many as the time allows, and one of each kind at least.
 
@@ -155,25 +181,19 @@ class DecodeGraphs:
         Raises:
             CannotBeCaptured: some layer waits for the GPU; nothing was captured then.
         """
-        device = self._last_token_ids.device
-        self._batch = torch.zeros(5, max(2, *sizes), dtype=torch.int64, device=device)
-        self._batch[0] = self._inputs.padded_row
-        self._decoded = Decoded(*(torch.empty_like(tensor) for tensor in self._forward_batch(max(sizes))))
-        started, pool, stream = time.perf_counter(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._prepare(sizes)
+        started, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
         captures = captures_in_order(sizes, with_cascade=self._with_cascade)
         num_kinds = len({cascade for _, cascade in captures})
         for size, cascade in captures:
             if len(self._graphs) >= num_kinds and time.perf_counter() - started > seconds:
                 break
             # Once without capturing: what is compiled, loaded or chosen at the first call must not be captured.
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream), _tuned_for(size):
-                self._run_batch(size, cascade=cascade)
-                if not self._graphs:
-                    self._run_without_waiting(size)
-            torch.cuda.current_stream(device).wait_stream(stream)
+            self._run_once(size, cascade=cascade)
+            if not self._graphs:
+                self._run_without_waiting(size)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 self._run_batch(size, cascade=cascade)
             self._graphs[size, cascade] = graph
         self.sizes, self.cascade_sizes = (
@@ -208,6 +228,24 @@ class DecodeGraphs:
         self.num_steps += 1
         logits, sampled = self._decoded
         return Decoded(logits[:num_rows], sampled[:, :num_rows])
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:
+        return _capture_stream(self._last_token_ids.device)
+
+    def _prepare(self, sizes: Sequence[int]) -> None:
+        """Make the tensors that all graphs share."""
+        self._batch = torch.zeros(5, max(2, *sizes), dtype=torch.int64, device=self._last_token_ids.device)
+        self._batch[0] = self._inputs.padded_row
+        self._decoded = Decoded(*(torch.empty_like(tensor) for tensor in self._forward_batch(max(sizes))))
+
+    def _run_once(self, size: int, *, cascade: bool) -> None:
+        """Run a batch without capturing it, where it will be captured."""
+        current = torch.cuda.current_stream(self._last_token_ids.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _tuned_for(size):
+            self._run_batch(size, cascade=cascade)
+        current.wait_stream(self._stream)
 
     def _run_without_waiting(self, size: int) -> None:
         """Run a batch that ran before, with whatever makes the host wait as an error.

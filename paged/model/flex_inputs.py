@@ -100,12 +100,10 @@ class FlexInputsBuilder:
         self._multiprocessors = 1
         if device.type == "cuda":
             self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        # Of sizes that no other tensor has: the compiler takes sizes that are equal at first for equal ever after.
-        self.no_prefix = PrefixPlan(
-            torch.zeros(5, dtype=torch.int32, device=device),
-            torch.zeros(7, dtype=torch.int32, device=device),
-            torch.zeros(11, dtype=torch.bool, device=device),
-        )
+        # Made as the plans of steps are made: tensors of inference mode are another kind to the compiler.
+        with torch.inference_mode():
+            counts, blocks = (torch.zeros(size, dtype=torch.int32, device=device) for size in (2, 4))
+            self.no_prefix = PrefixPlan(counts, blocks, torch.zeros(2, dtype=torch.bool, device=device))
 
     @property
     def padded_row(self) -> int:
@@ -222,5 +220,6 @@ class FlexInputsBuilder:
             positions = np.arange(len(owners)) - starts[1][owners]
             packed = to_device(np.stack([rows, positions]), self._device)
             slots = self.slots(packed[0], packed[1])
-        starts_here = to_device(starts, self._device).int()
-        return slots, starts_here[0].contiguous(), starts_here[1].contiguous()
+        # Tensors of their own: where in another one a view begins is something that the compiler looks at.
+        query_starts, key_starts = (row.int() for row in to_device(starts, self._device))
+        return slots, query_starts, key_starts

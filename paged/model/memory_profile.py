@@ -145,11 +145,12 @@ def measure_needs(
     block_bytes: int,
     num_pool_tensors: int,
     run_largest_steps: Callable[[], None],
+    warm_up: Callable[[], None],
 ) -> MemoryNeeds:
     """Run the largest steps and see what they take. On a CPU nothing is run.
 
-    They are run twice. The first time compiles, which takes memory of its own and loads kernels; the second time
-    begins with nothing reserved in vain, as the steps will that are run beside the pool.
+    They are run twice. The first time compiles, which takes memory of its own and loads kernels, and `warm_up` does
+    likewise; the second time begins with nothing reserved in vain, as the steps will that are run beside the pool.
 
     Args:
         config: the settings, for the error.
@@ -160,6 +161,7 @@ def measure_needs(
         block_bytes: of one block in all layers; the steps run on TRIAL_BLOCKS of them.
         num_pool_tensors: of all layers.
         run_largest_steps: allocates the small pool and runs `largest_steps` on it.
+        warm_up: runs, on the small pool, whatever else compiles or chooses kernels when it is first run.
 
     Raises:
         ValueError: the largest steps do not fit the GPU at all.
@@ -169,6 +171,7 @@ def measure_needs(
         return MemoryNeeds(device=str(device), weights=weight_bytes, buffers=buffers)
     try:
         run_largest_steps()
+        warm_up()
         release_unused(device)
         torch.cuda.reset_peak_memory_stats(device)
         run_largest_steps()

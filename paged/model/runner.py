@@ -132,6 +132,7 @@ class ModelRunner:
         self._prefixes = self._make_prefix_finder(loaded)
         self.graphs: DecodeGraphs | None = None
         self._capture_sizes = [] if self._flex is None else _capture_sizes(config)
+        self._capture_seconds = config.cudagraph_capture_seconds
 
         # From here on in the order in which one thing decides the next: what steps need, then how large the pool is,
         # and then the graphs, which hold the pool's addresses.
@@ -204,14 +205,25 @@ class ModelRunner:
             block_bytes=min(bytes_per_block([call.shape], config.block_size, loaded.kv_dtype) for call in calls),
         )
 
+    def _new_graphs(self) -> DecodeGraphs:
+        assert self._flex is not None, "only this form is captured"
+        with_cascade = self._prefixes is not None
+        return DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids, with_cascade=with_cascade)
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compile what graphs need; the time that takes is part of what they may take."""
+        if self._capture_sizes:
+            started = time.perf_counter()
+            self._new_graphs().warm_up(self._capture_sizes, seconds=self._capture_seconds)
+            self._capture_seconds = max(0.0, self._capture_seconds - (time.perf_counter() - started))
+
     @torch.inference_mode()
     def _capture(self, loaded: LoadedModel, sizes: list[int]) -> tuple[DecodeGraphs, int]:
         """CUDA graphs of decode steps over the pool that is there now, and the bytes they take."""
-        assert self._flex is not None, "only this form is captured"
         before = snapshot(loaded.device)
-        with_cascade = self._prefixes is not None
-        graphs = DecodeGraphs(self._forward, self._flex, self._builder.last_token_ids, with_cascade=with_cascade)
-        graphs.capture(sizes, seconds=loaded.config.cudagraph_capture_seconds)
+        graphs = self._new_graphs()
+        graphs.capture(sizes, seconds=self._capture_seconds)
         release_unused(loaded.device)
         after = snapshot(loaded.device)
         assert before is not None, "this form runs on a GPU"
@@ -251,6 +263,7 @@ class ModelRunner:
             block_bytes=bytes_per_block(self._shapes, config.block_size, loaded.kv_dtype),
             num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
             run_largest_steps=run_largest_steps,
+            warm_up=self._warm_up,
         )
         if self._capture_sizes:
             needs = replace(needs, graphs=self._graph_bytes(loaded))
@@ -378,7 +391,11 @@ class ModelRunner:
         self, token_ids: Tensor, positions: Tensor, inputs: AttentionInputs | FlexInputs, wanted: Tensor | int = 0
     ) -> Tensor:
         """The model: [T] tokens at their positions -> [W, V] logits of the wanted ones, 0 for all."""
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # Sizes that happen to be equal at the first call (three prompts, a pool of three blocks) need not be later.
+        with (
+            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        ):
             output = self._model(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
