@@ -37,7 +37,7 @@ def _attend(
     num_decodes, num_prefix_splits, prompts = read_host(host)
     out = lse = None
     if num_decodes > 0:
-        # Outside of CUDA graphs two decodes at least are planned; what a padded one gets is overwritten further down.
+        # Outside of CUDA graphs two decodes at least are planned; what a padded one gets is cut off.
         decodes = DecodePlan(*plan)
         num_planned = min(max(2, num_decodes), len(query))
         tokens = query[:num_planned], key_cache, value_cache, decodes
@@ -49,12 +49,7 @@ def _attend(
         if sinks is not None:
             assert lse is not None, "this form runs on a GPU"
             out = apply_sinks(out, lse, sinks)
-        if len(out) == len(query):
-            # FlexAttention's output lies in memory as its query does, and the compiler was promised this order.
-            return out.contiguous()
-    packed = query.new_zeros(*query.shape[:2], value_cache.shape[3])
-    if out is not None:
-        packed[:num_decodes] = out[:num_decodes]
+    parts = [] if out is None else [out[:num_decodes]]
     if prompts:
         first, last = num_decodes, num_decodes + sum(prompt.lengths.query_len for prompt in prompts)
         new = query[first:last], key[first:last], value[first:last]
@@ -64,13 +59,17 @@ def _attend(
             out, lse = _attend_dense(*new, *caches, prompts, block_tables, prompt_slots, *starts, scale, window)
         else:
             queries = torch.split(new[0], [prompt.lengths.query_len for prompt in prompts])
-            parts = [
+            chunks = [
                 _attend_chunk(each, *caches, prompt, block_tables, scale, window, softcap)
                 for each, prompt in zip(queries, prompts, strict=True)
             ]
-            out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        packed[first:last] = out if sinks is None else apply_sinks(out, lse, sinks)
-    return packed
+            out, lse = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
+        parts.append(out if sinks is None else apply_sinks(out, lse, sinks))
+    num_padded = len(query) - sum(len(part) for part in parts)
+    if num_padded > 0:
+        parts.append(query.new_zeros(num_padded, query.shape[1], value_cache.shape[3]))
+    # FlexAttention's output lies in memory as its query does, and the compiler was promised this order.
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 @_attend.register_fake
