@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from paged.attention import fused, gathered
+from paged.attention import dense, fused, gathered
 from reference.attention import attention as attention_by_definition
 
 # Flex and FlashInfer are measured where they are.
@@ -57,7 +57,10 @@ Calls = list[Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """What is attended: `batch` sequences whose last `query_len` of `context` tokens are queries."""
+    """What is attended: `batch` sequences whose last `query_len` of `context` tokens are queries.
+
+    With `shortest`, contexts fall evenly from `context` to that, the longest first, as the engine orders them.
+    """
 
     batch: int
     context: int
@@ -66,6 +69,17 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 128
     query_len: int = 1
+    shortest: int | None = None
+
+    @property
+    def contexts(self) -> list[int]:
+        """Of each sequence.
+
+        >>> Case(3, 100, 16, shortest=50).contexts, Case(2, 100, 16).contexts
+        ([100, 75, 50], [100, 100])
+        """
+        spread = 0 if self.shortest is None else self.context - self.shortest
+        return [self.context - spread * i // max(1, self.batch - 1) for i in range(self.batch)]
 
     @property
     def label(self) -> str:
@@ -73,11 +87,16 @@ class Case:
         heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"
         if self.query_len > 1:
             return f"{self.query_len} on {self.context - self.query_len}, block {self.block_size}, {heads}"
-        return f"B={self.batch}, T={self.context}, block {self.block_size}, {heads}"
+        return f"B={self.batch}, T={self.length}, block {self.block_size}, {heads}"
+
+    @property
+    def length(self) -> str:
+        """Of the contexts, for labels."""
+        return str(self.context) if self.shortest is None else f"{self.shortest} to {self.context}"
 
     def kv_bytes(self, itemsize: int) -> int:
         """Bytes of live K and V."""
-        return 2 * self.batch * self.context * self.kv_heads * self.head_dim * itemsize
+        return 2 * sum(self.contexts) * self.kv_heads * self.head_dim * itemsize
 
     @property
     def flop(self) -> int:
@@ -156,7 +175,7 @@ def make_data(case: Case, device: str, dtype: torch.dtype, seed: int) -> Data:
         key_cache,
         value_cache,
         list(drawn.reshape(num_sets, case.batch, blocks).unbind()),
-        torch.full((case.batch,), case.context, device=device, dtype=torch.int32),
+        torch.tensor(case.contexts, device=device, dtype=torch.int32),
         ends,
     )
 
@@ -225,6 +244,35 @@ def flashinfer_calls(data: Data) -> Calls:
     return calls
 
 
+def flex_calls(data: Data) -> Calls:
+    """`attend_decode` as the layers of the engine call it: they share the plan of a step. Chunks are planned anew."""
+    case, (query, caches) = data.case, (data.query, (data.key_cache, data.value_cache))
+    if case.query_len > 1:
+        return paged_calls(data, flex.paged_attention)
+    num_splits = flex.splits_here(case.batch, case.kv_heads, data.tables[0].shape[1], query.device)
+    plans = [
+        flex.plan_decode(tables, data.seq_lens, block_size=case.block_size, num_splits=num_splits)
+        for tables in data.tables
+    ]
+    return [lambda plan=plan: flex.attend_decode(query, *caches, plan, scale=data.scale)[0] for plan in plans]
+
+
+def parts_calls(data: Data) -> Calls:
+    """How the engine attends a long chunk on a GPU: context and chunk apart, gathering included."""
+    case = data.case
+    if case.query_len == 1 or not data.query.is_cuda:
+        raise ValueError("for chunks of prompts on a GPU")
+    context_len = case.context - case.query_len
+    new = [data.dense(cache, 0)[0, context_len:].contiguous() for cache in (data.key_cache, data.value_cache)]
+
+    def call(blocks: Tensor) -> Tensor:
+        return dense.attend_in_parts(
+            data.query, *new, data.key_cache, data.value_cache, blocks, context_len, scale=data.scale
+        )[0]
+
+    return [lambda tables=tables: call(tables[0, : math.ceil(context_len / case.block_size)]) for tables in data.tables]
+
+
 FORMS: dict[str, Callable[[Data], Calls]] = {
     "contiguous": contiguous_calls,
     "gathered": lambda data: paged_calls(data, gathered.paged_attention),
@@ -232,7 +280,9 @@ FORMS: dict[str, Callable[[Data], Calls]] = {
     "fused, compiled": lambda data: paged_calls(data, compiled(fused.paged_attention)),
 }
 if flex is not None:
-    FORMS["flex"] = lambda data: paged_calls(data, flex.paged_attention)
+    FORMS["flex"] = flex_calls
+    FORMS["flex, planned anew"] = lambda data: paged_calls(data, flex.paged_attention)
+    FORMS["prompts in parts (cuDNN)"] = parts_calls
 if flashinfer is not None:
     FORMS["FlashInfer"] = flashinfer_calls
 
@@ -250,7 +300,7 @@ def expected_rows(data: Data) -> Tensor:
     rows = []
     for token in checked_rows(case):
         sequence, offset = divmod(token, case.query_len)
-        seen = case.context - case.query_len + offset + 1
+        seen = case.contexts[sequence] - case.query_len + offset + 1
         key, value = keys[sequence, :seen].cpu(), values[sequence, :seen].cpu()
         out, _ = attention_by_definition(data.query[token : token + 1].cpu(), key, value, scale=data.scale)
         rows.append(out[0])

@@ -222,7 +222,7 @@ def time_calls(calls: Sequence[Callable[[], object]], device: str, *, repeats: i
     if not device.startswith("cuda"):
         for call in calls:
             call()
-        return _summary([_host_seconds(calls) for _ in range(repeats)], len(calls), "host")
+        return _summary([_host_seconds(lambda: [call() for call in calls]) for _ in range(repeats)], len(calls), "host")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -254,10 +254,9 @@ def _event_seconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _host_seconds(calls: Sequence[Callable[[], object]]) -> float:
+def _host_seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
-    for call in calls:
-        call()
+    run()
     return time.perf_counter() - started
 
 
@@ -267,12 +266,17 @@ def _summary(seconds: list[float], num_calls: int, clock: str) -> Timing:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a copy within the device's memory moves, read and written: the limit for what only reads."""
+    """Bytes a second that a copy within the device's memory moves, read and written: the limit for what only reads.
+
+    Each copy is launched by itself: in a CUDA graph it would be left to the copy engines, which are slower than a
+    kernel that copies. The first ones do not count, because an idle GPU has to wake up.
+    """
     num_bytes = 2**31 if device.startswith("cuda") else 2**25
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = time_calls([lambda: target.copy_(source)], device, repeats=10)
-    return 2 * num_bytes / timing.seconds
+    seconds_of = _event_seconds if device.startswith("cuda") else _host_seconds
+    seconds = [seconds_of(lambda: target.copy_(source)) for _ in range(60)]
+    return 2 * num_bytes / statistics.median(seconds[20:])
 
 
 def synchronize(device: str) -> None:

@@ -43,13 +43,14 @@ from common import (
     synchronize,
 )
 from matplotlib.figure import Figure
-from profiling import recorded_spans, summarise
+from profiling import kernels_table, largest_kernels, recorded_spans, summarise
 
 from paged import LLM, Engine, RequestOutputKind, SamplingParams
 
 # Steps before the clock starts: whatever is compiled or captured on first use is so then.
 WARM_UP = 8
 PROFILED_STEPS = 3
+MOST_KERNELS = 12
 COUNTERS = ("num_steps", "num_overlapped_steps")
 
 
@@ -155,7 +156,8 @@ def profiled(engine: Engine, device: str) -> dict[str, Any]:
             engine.step()
         synchronize(device)
         wall = time.perf_counter() - started
-    return summarise(spans, PROFILED_STEPS) | {"wall_ms": wall / PROFILED_STEPS * 1e3}
+    found = summarise(spans, PROFILED_STEPS) | {"largest": largest_kernels(spans, PROFILED_STEPS, MOST_KERNELS)}
+    return found | {"wall_ms": wall / PROFILED_STEPS * 1e3}
 
 
 def tables(result: Result) -> str:
@@ -195,6 +197,8 @@ def tables(result: Result) -> str:
             )
             title = f"{row['model']}, batch {row['batch']}, {found['kernels']:.0f} kernels a step"
             text += f"\n\n{markdown([title, 'ms a step'], costs)}"
+            if "largest" in found:
+                text += f"\n\n{kernels_table(found['largest'])}"
     return text
 
 

@@ -41,9 +41,10 @@ from torch import Tensor
 
 from paged.attention import flex, flex_kernel
 
-SIZES = [(64, 2048), (256, 1024), (8, 2048), (1, 8192)]
+# Sequences, the longest context, and the shortest if they are ragged.
+SIZES = [(64, 2048, None), (256, 1024, None), (256, 2048, 64), (8, 2048, None), (1, 8192, None)]
 HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128}
-SMOKE_SIZES = [(3, 50), (2, 40)]
+SMOKE_SIZES = [(3, 50, None), (2, 40, 20)]
 SMOKE_HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 16}
 
 Pace = tuple[int, int]
@@ -124,7 +125,7 @@ def measure(prepared: Prepared, splits: int, pace: Pace, own: Pace, repeats: int
     data = prepared.data
     case = data.case
     row: dict[str, Any] = {"case": asdict(case), "splits": splits, "warps": pace[0], "stages": pace[1]}
-    row["label"] = f"B={case.batch}, T={case.context}, block {case.block_size}"
+    row["label"] = f"B={case.batch}, T={case.length}, block {case.block_size}"
     row["own_splits"] = splits == prepared.chosen
     row["own_pace"] = pace == own
     try:
@@ -242,8 +243,8 @@ def main() -> None:
     rows = []
     for block_size in arguments.block_sizes:
         cases = [
-            prepare(Case(batch, context, block_size, **heads), device, dtype, arguments.seed)
-            for batch, context in sizes
+            prepare(Case(batch, context, block_size, shortest=shortest, **heads), device, dtype, arguments.seed)
+            for batch, context, shortest in sizes
         ]
         owns = {(i, splits): own_pace(found.data, splits) for i, found in enumerate(cases) for splits in found.splits}
         # What flex would choose is among what is tried, whatever was asked for.

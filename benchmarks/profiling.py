@@ -342,10 +342,12 @@ def profile_table(profile: dict[str, Any], *, kernels: bool = True) -> str:
     title = f"{profile['steps']} steps, {profile['kernels']:.0f} kernels a step"
     title += "" if share is None else f", a kernel runs {100 * share:.1f} % of the time"
     text = markdown([title, "ms a step"], costs)
-    if kernels:
-        lines = [
-            [f"`{found['name'][:70]}`".replace("|", "/"), fixed(found["calls"]), fixed(found["ms"], 3)]
-            for found in profile["largest"]
-        ]
-        text += "\n\n" + markdown(["kernel", "calls a step", "ms a step"], lines)
-    return text
+    return f"{text}\n\n{kernels_table(profile['largest'])}" if kernels else text
+
+
+def kernels_table(largest: list[dict[str, Any]]) -> str:
+    """`largest_kernels` for readers."""
+    lines = [
+        [f"`{found['name'][:70]}`".replace("|", "/"), fixed(found["calls"]), fixed(found["ms"], 3)] for found in largest
+    ]
+    return markdown(["kernel", "calls a step", "ms a step"], lines)

@@ -105,7 +105,7 @@ class EngineConfig:
     attention_form: str = "auto"
     enable_cascade_attention: bool = True
     cudagraph_capture_sizes: tuple[int, ...] | None = None
-    cudagraph_capture_seconds: float = 25.0
+    cudagraph_capture_seconds: float = 40.0
     async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:

@@ -195,8 +195,9 @@ def test_poison_outside_of_what_is_written_changes_nothing(tmp_path):
     llm = load(tmp_path, **FLEX, enable_prefix_caching=False)
     runner = llm.engine.runner
     expected = {count: tokens_of(llm.generate(prompts[:count], GREEDY)) for count in (3, 5)}
-    for key_cache, value_cache in runner.caches:
-        key_cache[1:], value_cache[1:] = torch.nan, 1e4
+    with torch.inference_mode():
+        for key_cache, value_cache in runner.caches:
+            key_cache[1:], value_cache[1:] = torch.nan, 1e4
     used, launch = set(), runner.launch
 
     def watched(step):

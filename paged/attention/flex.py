@@ -37,7 +37,7 @@ from paged.attention.flex_kernel import (
     with_pool_columns,
 )
 from paged.attention.flex_plan import CHUNK_TILE, DecodePlan, num_splits_for, place_blocks, plan_chunks, plan_decode
-from paged.attention.merge import apply_sinks, merge_parts
+from paged.attention.merge import apply_sinks, merge_outs, merge_parts
 from paged.attention.scores import check_arguments, nothing_seen
 
 # FlexAttention's kernels index with 32 bits; past it they read elsewhere, in silence.
@@ -100,7 +100,7 @@ def paged_attention(
     q = query.index_select(0, places.clamp(max=num_tokens - 1)).reshape(*is_query.shape, num_heads, -1)  # [B, Q, Hq, D]
     if padded_len == 1:
         if num_splits is None:
-            num_splits = _splits_here(len(q), num_kv_heads, num_blocks, query.device)
+            num_splits = splits_here(len(q), num_kv_heads, num_blocks, query.device)
         seen = torch.where(is_query[:, 0], seq_lens, 0)
         plan = plan_decode(block_tables, seen, block_size=block_size, window=window, num_splits=num_splits)
         grouped = None if slopes is None else slopes.reshape(num_kv_heads, -1)
@@ -139,6 +139,7 @@ def attend_decode(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     logical_index: Tensor | None = None,
+    needs_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one query token for each sequence, as planned. No sinks: they come after any merge.
 
@@ -149,9 +150,10 @@ def attend_decode(
         scale, window, softcap: as everywhere.
         alibi_slopes: [Hkv, G], or None.
         logical_index: [N] int32, a block's index in the tables that name it; needed for ALiBi alone.
+        needs_lse: whether the log-sum-exp is wanted, which takes a kernel more if there are parts.
 
     Returns:
-        out [B, Hq, Dv], lse [B, Hq] float32; on a CPU lse is None.
+        out [B, Hq, Dv], lse [B, Hq] float32; lse is None on a CPU, and may be if nobody needs it.
     """
     batch, num_heads, head_dim = query.shape
     num_rows, num_kv_heads, value_dim = len(plan.seq_lens), key_cache.shape[2], value_cache.shape[3]
@@ -176,8 +178,12 @@ def attend_decode(
     if num_splits == 1:
         return out.reshape(batch, num_heads, value_dim), lse.reshape(batch, num_heads)
     outs, lses = out.reshape(batch, num_splits, num_heads, value_dim), lse.reshape(batch, num_splits, num_heads)
-    mark_sizes((outs, lses), (0, 1))
-    return run_compiled(_compiled_merge, outs, lses)
+    # The number of parts is part of the kernel: going through them in a loop took 15 us more for 64 of them.
+    mark_sizes((outs, lses), (0,))
+    if not needs_lse:
+        return run_compiled(_compiled_merge_outs, outs, lses), None
+    merged: tuple[Tensor, Tensor] = run_compiled(_compiled_merge, outs, lses)
+    return merged
 
 
 def attend_chunks(
@@ -217,9 +223,10 @@ def attend_chunks(
         mark_sizes((query, positions), (0, 1))
         mark_sizes(counts_and_blocks, (0, 2, 3))
     wishes = scale, window, softcap, alibi_slopes
-    return run_compiled(
+    result: tuple[Tensor, Tensor | None] = run_compiled(
         _compiled_chunks, query, key_cache, value_cache, counts_and_blocks, positions, logical_index, *wishes
     )
+    return result
 
 
 def unfit(block_size: int, widths: Sequence[int]) -> str | None:
@@ -275,7 +282,7 @@ def check_limits(
         )
 
 
-def _splits_here(batch: int, num_kv_heads: int, num_blocks: int, device: torch.device) -> int:
+def splits_here(batch: int, num_kv_heads: int, num_blocks: int, device: torch.device) -> int:
     if device.type == "cpu":
         return 1  # there is no log-sum-exp to merge by
     num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -372,4 +379,5 @@ def _chunks(
 
 _compiled_decode = torch.compile(_decode, fullgraph=True, options=COMPILE_OPTIONS)
 _compiled_merge = torch.compile(merge_parts, fullgraph=True, options=MERGE_OPTIONS)
+_compiled_merge_outs = torch.compile(merge_outs, fullgraph=True, options=MERGE_OPTIONS)
 _compiled_chunks = torch.compile(_chunks, fullgraph=True, options=COMPILE_OPTIONS)

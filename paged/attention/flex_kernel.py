@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 SMALLEST = 16  # a side of a matrix product in Triton
 # These kernels are cut by hand, or so small that nothing is gained; trying out how would take longer than compiling all
@@ -75,7 +75,9 @@ def attend_blocks(
     torch._check(value_cache.shape[0] == num_blocks)  # type: ignore[no-untyped-call]
     keys, values = (cache.flatten(0, 1)[None].transpose(1, 2) for cache in (key_cache, value_cache))
     options = kernel_options(key_cache, value_cache.shape[3], tile, pace)
-    result: Any = flex_attention(  # type: ignore[call-overload]
+    # A CPU knows neither options nor a log-sum-exp.
+    wishes: Any = {} if on_cpu else {"kernel_options": options, "return_aux": AuxRequest(lse=True)}
+    result: Any = flex_attention(
         query,
         keys,
         values,
@@ -83,10 +85,9 @@ def attend_blocks(
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != num_kv_heads,
-        return_lse=not on_cpu,
-        kernel_options=None if on_cpu else options,
+        **wishes,
     )
-    return (result, None) if on_cpu else (result[0], result[1])
+    return (result, None) if on_cpu else (result[0], result[1].lse)
 
 
 def pace_of(num_programs: int, num_splits: int) -> tuple[int, int]:
@@ -123,13 +124,12 @@ def kernel_options(cache: Tensor, value_dim: int, tile: int, pace: tuple[int, in
     }
 
 
-def run_compiled(compiled: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """Call a compiled function that gives an output and a log-sum-exp, with room for as many graphs as it needs."""
+def run_compiled(compiled: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a compiled function, with room for as many graphs as it needs."""
     # Head shapes, block sizes and features each make a graph of their own. Having seen two values of a number, the
     # compiler would take it for a variable, but numbers are part of the kernel.
     with torch._dynamo.config.patch(recompile_limit=256, specialize_int=True, specialize_float=True):
-        result: tuple[Tensor, Tensor | None] = compiled(*arguments)
-    return result
+        return compiled(*arguments)
 
 
 def mark_sizes(tensors: Iterable[Tensor], changing: tuple[int, ...]) -> None:

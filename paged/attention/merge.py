@@ -28,6 +28,11 @@ def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         >>> out.item(), round(lse.exp().item(), 4)
         (7.0, 4.0)
     """
+    return merge_outs(outs, lses), lses.logsumexp(dim=-2)
+
+
+def merge_outs(outs: Tensor, lses: Tensor) -> Tensor:
+    """The same without the log-sum-exp, which only sinks and further merges ask for: out [..., H, Dv]."""
     # Every number of the output finds out the weights for itself. That is more arithmetic than finding them once for
     # each head, but then the compiler makes one kernel of it all, and kernels are what a small batch waits for.
     lse = lses[..., None].expand(outs.shape)  # [..., S, H, Dv]
@@ -37,7 +42,7 @@ def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.sum(dim=-3)  # [..., H, Dv]
     parts = torch.where(weights > 0, outs.to(lses.dtype), 0.0)  # a weight that is NaN makes NaN of any number
     out = (weights * parts).sum(dim=-3) / torch.where(total == 0, 1.0, total)
-    return out.to(outs.dtype), (largest.squeeze(-3) + total.log())[..., 0]
+    return out.to(outs.dtype)
 
 
 def merge_two(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ def _attend(
             splits = num_prefix_splits
             out, lse = cascade.attend(*tokens, PrefixPlan(*prefix), num_splits=splits, scale=scale, softcap=softcap)
         else:
-            out, lse = flex.attend_decode(*tokens, scale=scale, window=window, softcap=softcap)
+            needs_lse = sinks is not None
+            out, lse = flex.attend_decode(*tokens, scale=scale, window=window, softcap=softcap, needs_lse=needs_lse)
         if sinks is not None:
             assert lse is not None, "this form runs on a GPU"
             out = apply_sinks(out, lse, sinks)

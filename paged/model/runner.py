@@ -295,7 +295,11 @@ class ModelRunner:
         self.caches: list[LayerCache] = []
         for call in self._calls:
             try:
-                cache = allocate_layer(call.shape, num_blocks, loaded.config.block_size, loaded.kv_dtype, loaded.device)
+                # In the mode in which steps run: tensors from elsewhere are another kind to the compiler.
+                with torch.inference_mode(self._flex is not None):
+                    cache = allocate_layer(
+                        call.shape, num_blocks, loaded.config.block_size, loaded.kv_dtype, loaded.device
+                    )
             except RuntimeError as error:
                 size = bytes_per_block(self._shapes, loaded.config.block_size, loaded.kv_dtype)
                 raise ValueError(
