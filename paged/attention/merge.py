@@ -8,6 +8,8 @@ much it weighs (Milakov and Gimelshein 2018; FlashAttention and Flash-Decoding u
 A sink is a logit in the denominator of the whole, so it comes once, after all parts.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -33,16 +35,17 @@ def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_outs(outs: Tensor, lses: Tensor) -> Tensor:
     """The same without the log-sum-exp, which only sinks and further merges ask for: out [..., H, Dv]."""
-    # Every number of the output finds out the weights for itself. That is more arithmetic than finding them once for
-    # each head, but then the compiler makes one kernel of it all, and kernels are what a small batch waits for.
-    lse = lses[..., None].expand(outs.shape)  # [..., S, H, Dv]
-    largest = lse.amax(dim=-3, keepdim=True)  # [..., 1, H, Dv]
+    # Part by part, and each number of the output finds its weights for itself: then all of it is arithmetic on numbers
+    # at the same place, of which the compiler makes one kernel, and kernels are what a small batch waits for.
+    lse_of_parts = lses[..., None].expand(outs.shape).unbind(-3)  # S times [..., H, Dv]
+    largest = reduce(torch.maximum, lse_of_parts)
     largest = torch.where(largest == -torch.inf, 0.0, largest)
-    weights = torch.exp(lse - largest)
-    total = weights.sum(dim=-3)  # [..., H, Dv]
-    parts = torch.where(weights > 0, outs.to(lses.dtype), 0.0)  # a weight that is NaN makes NaN of any number
-    out = (weights * parts).sum(dim=-3) / torch.where(total == 0, 1.0, total)
-    return out.to(outs.dtype)
+    out = total = torch.zeros_like(largest)
+    for part, lse in zip(outs.unbind(-3), lse_of_parts, strict=True):
+        weight = torch.exp(lse - largest)
+        total = total + weight
+        out = out + torch.where(weight > 0, weight * part, 0.0)  # where a part has no key it may hold NaN
+    return (out / torch.where(total == 0, 1.0, total)).to(outs.dtype)
 
 
 def merge_two(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
