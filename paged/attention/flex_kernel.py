@@ -93,11 +93,12 @@ def attend_blocks(
 def pace_of(num_programs: int, num_splits: int) -> tuple[int, int]:
     """Warps of a program, and blocks it loads ahead, as measured on an H200 for blocks of 16 (docs/performance.md).
 
-    A decode has little to compute, so one warp is enough; what counts is how many loads are under way. With very many
-    programs the chip is full of them and each needs fewer.
+    A decode has little to compute, so one warp is enough; what counts is how many loads are under way. Programs that
+    load far ahead need so much shared memory that fewer of them run at a time, which is good where they are many:
+    each ends sooner, and no long context is still read when all others are done.
     """
     if num_programs > 1024:
-        return 2, 3
+        return 1, 6
     return (1, 4) if num_splits == 1 else (1, 3)
 
 
