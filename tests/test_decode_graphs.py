@@ -12,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from paged.attention import dense, flex
 from paged.attention.dense import PromptLengths
+from paged.attention.flex_kernel import mark_sizes, run_compiled
 from paged.attention.flex_plan import DecodePlan
 from paged.attention.merge import merge_two
 from paged.blocks import NULL_BLOCK, TableChange
 from paged.config import EngineConfig
 from paged.kv_pool import LayerShape, finite_values
-from paged.model import flex_op
+from paged.model import flex_inputs, flex_op
 from paged.model.attention_form import choose_form
 from paged.model.decode_graphs import CannotBeCaptured, DecodeGraphs, can_be_captured, capture_order, capture_sizes
 from paged.model.flex_inputs import FlexInputs, FlexInputsBuilder, Prompt, read_host
@@ -173,13 +175,49 @@ def test_decodes_read_what_their_rows_have_now(lens):
     builder, tables = filled(windows=(None, 20, None, 1))
     rows = [2, 0, 3, 1, builder.padded_row]
     seq_lens = [lens[row] for row in rows[:-1]] + [0]
-    plans = builder.decode_plans(torch.tensor(rows), torch.tensor(seq_lens, dtype=torch.int32))
+    first_blocks = torch.zeros(len(rows), dtype=torch.int64)
+    plans = builder.decode_plans(torch.tensor(rows), torch.tensor(seq_lens, dtype=torch.int32), first_blocks)
     assert list(plans) == [None, 1, 20]
     for window, plan in plans.items():
         for i, (row, length) in enumerate(zip(rows, seq_lens, strict=True)):
             first = 0 if window is None else max(0, length - window)
             expected = [slot_of(tables[row], position) for position in range(first, length)] if length else []
             assert slots_read(plan, i) == sorted(expected)
+
+
+class Counting:
+    """A compiler that leaves operations as they are and counts the graphs that it is given."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+    def __call__(self, module, inputs):
+        self.num_graphs += 1
+        return aot_eager(module, inputs)
+
+
+def test_plans_of_all_batches_are_compiled_once():
+    """Once for one row, once for more, once for more without splits; for each kind of window."""
+    compiler = Counting()
+    compiled = torch.compile(flex_inputs.plan_rows, fullgraph=True, backend=compiler)
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randint(1, 900, (65, 40), generator=generator, dtype=torch.int32)
+    cases = [(512, 1), (1, 16), (2, 16), (3, 8), (64, 1), (5, 2), (65, 1), (1, 4), (20, 3)]
+    with torch.inference_mode():
+        for window in (None, 37):
+            for count, num_splits in cases:
+                rows = torch.randint(0, 65, (count,), generator=generator)
+                seq_lens = torch.randint(0, 640, (count,), generator=generator).int()
+                first_blocks = torch.randint(0, 3, (count,), generator=generator).minimum(seq_lens // 17)
+                arguments = tables, rows, seq_lens, rows.new_empty(num_splits), first_blocks, P, window
+                mark_sizes(arguments[1:5], (0,))
+                plan, right = run_compiled(compiled, *arguments), flex_inputs.plan_rows(*arguments)
+                for name, found in plan._asdict().items():
+                    expected = getattr(right, name)
+                    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+                    assert torch.equal(found, expected), name
+                    assert found.is_contiguous(), name
+    assert compiler.num_graphs == 6
 
 
 # --- what the layers get ----------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_many_splits_of_long_contexts(tmp_path):
     assert tokens_of(llm.generate(as_prompts(prompts[:1]), GREEDY)) == tokens[:1]
     check_that_it_ran(llm)
     rows = torch.zeros(1, dtype=torch.int64, device="cuda")
-    (plan,) = llm.engine.runner._flex.decode_plans(rows, rows.int()).values()
+    (plan,) = llm.engine.runner._flex.decode_plans(rows, rows.int(), rows).values()
     assert len(plan.seq_lens) >= 4, "the context was to be split"
 
 

@@ -278,7 +278,7 @@ class DecodeGraphs:
         unused = self._batch[0]  # there are no prompts
         inputs = FlexInputs(
             slot_mapping=self._inputs.slots(rows, positions),
-            plans=self._inputs.decode_plans(rows, seq_lens.int(), first_blocks if cascade else None),
+            plans=self._inputs.decode_plans(rows, seq_lens.int(), first_blocks),
             prefix=self._inputs.prefix_plan(rows, first_blocks) if cascade else self._inputs.no_prefix,
             host=torch.tensor([size, 0, self._inputs.num_prefix_splits(size) if cascade else 0]),
             block_tables=self._inputs.block_tables,

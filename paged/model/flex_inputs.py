@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paged.attention.cascade import PrefixPlan, num_tiles, plan_prefix
 from paged.attention.dense import PromptLengths
+from paged.attention.flex_kernel import COMPILE_OPTIONS, mark_sizes, run_compiled
 from paged.attention.flex_plan import DecodePlan, num_splits_for, plan_decode
 from paged.blocks import NULL_BLOCK, blocks_for
 from paged.step import RowPlan, Step
@@ -61,6 +62,37 @@ def read_host(host: Tensor) -> tuple[int, int, list[Prompt]]:
     num_decodes, num_prompts, num_prefix_splits, *numbers = host.tolist()
     prompts = [Prompt(row, PromptLengths(*lengths)) for row, *lengths in zip(*[iter(numbers)] * 3, strict=True)]
     return num_decodes, num_prefix_splits, prompts[:num_prompts]
+
+
+def plan_rows(
+    block_tables: Tensor,
+    rows: Tensor,
+    seq_lens: Tensor,
+    splits: Tensor,
+    first_blocks: Tensor | None,
+    block_size: int,
+    window: int | None,
+) -> DecodePlan:
+    """`plan_decode` of some rows of all tables, in a form that can be compiled for all batches: 60 small operations.
+
+    Args:
+        block_tables: [rows, M].
+        rows: [B] int64.
+        seq_lens: [B] int32.
+        splits: [S], whatever it holds. A number would be part of what is compiled; a size need not be.
+        first_blocks, block_size, window: as in `plan_decode`.
+    """
+    return plan_decode(
+        block_tables[rows],
+        seq_lens,
+        block_size=block_size,
+        window=window,
+        num_splits=len(splits),
+        first_blocks=first_blocks,
+    )
+
+
+_compiled_plan_rows = torch.compile(plan_rows, fullgraph=True, options=COMPILE_OPTIONS)
 
 
 class FlexInputsBuilder:
@@ -135,30 +167,28 @@ class FlexInputsBuilder:
         blocks = self.block_tables[rows, positions // self.block_size]
         return blocks.long() * self.block_size + positions % self.block_size
 
-    def decode_plans(
-        self, rows: Tensor, seq_lens: Tensor, first_blocks: Tensor | None = None
-    ) -> dict[int | None, DecodePlan]:
+    def decode_plans(self, rows: Tensor, seq_lens: Tensor, first_blocks: Tensor) -> dict[int | None, DecodePlan]:
         """What B decodes read, for each kind of window.
 
         Args:
             rows: [B] int64, on the device as the others.
             seq_lens: [B] int32.
-            first_blocks: [B] int64, blocks at the beginning of each table that are read as a shared prefix. Layers with
-                a window read all themselves: what they see begins elsewhere for each row.
+            first_blocks: [B] int64, blocks at the beginning of each table that are read as a shared prefix, or 0.
+                Layers with a window read all themselves: what they see begins elsewhere for each row.
         """
-        tables = self.block_tables[rows]
-        num_splits = num_splits_for(len(rows), self._num_kv_heads, tables.shape[1], self._multiprocessors)
-        return {
-            window: plan_decode(
-                tables,
-                seq_lens,
-                block_size=self.block_size,
-                window=window,
-                num_splits=num_splits,
-                first_blocks=first_blocks if window is None else None,
-            )
-            for window in self._windows
-        }
+        num_blocks = self.block_tables.shape[1]
+        num_splits = num_splits_for(len(rows), self._num_kv_heads, num_blocks, self._multiprocessors)
+        splits = rows.new_empty(num_splits)
+        plans = {}
+        for window in self._windows:
+            first = first_blocks if window is None else None
+            arguments = self.block_tables, rows, seq_lens, splits, first, self.block_size, window
+            if rows.is_cuda:
+                mark_sizes([tensor for tensor in (rows, seq_lens, splits, first) if tensor is not None], (0,))
+                plans[window] = DecodePlan(*run_compiled(_compiled_plan_rows, *arguments))
+            else:
+                plans[window] = plan_rows(*arguments)
+        return plans
 
     def num_prefix_splits(self, batch: int) -> int:
         """Splits of a prefix that is shared by some of B rows; two at least, as a size of 1 would make new graphs."""
@@ -196,7 +226,7 @@ class FlexInputsBuilder:
         slots, query_starts, key_starts = self._prompts(prompts)
         return FlexInputs(
             slot_mapping,
-            self.decode_plans(packed[0], packed[1].int(), packed[2] if has_prefix else None),
+            self.decode_plans(packed[0], packed[1].int(), packed[2]),
             self.prefix_plan(packed[0], packed[2]) if has_prefix else self.no_prefix,
             torch.tensor(host),
             self.block_tables,
