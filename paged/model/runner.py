@@ -395,9 +395,10 @@ class ModelRunner:
         self, token_ids: Tensor, positions: Tensor, inputs: AttentionInputs | FlexInputs, wanted: Tensor | int = 0
     ) -> Tensor:
         """The model: [T] tokens at their positions -> [W, V] logits of the wanted ones, 0 for all."""
-        # Sizes that happen to be equal at the first call (three prompts, a pool of three blocks) need not be later.
+        # Sizes that happen to be equal at the first call (three prompts, a pool of three blocks) need not be later. But
+        # numbers (an epsilon, a scale) never change; taken for variables, they make the compiler begin a second time.
         with (
-            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_float=True),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
         ):
             output = self._model(
