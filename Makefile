@@ -10,8 +10,9 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/paged demo --plot paged-demo.png
 
+# A worker for each core, each with one thread of its own.
 test: .venv/test
-	$(BIN)/python -m pytest -ra --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -ra --durations=10
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -ra -m slow
