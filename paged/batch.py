@@ -11,7 +11,7 @@ All tokens of a step lie one after another, whoever they belong to. Three rows o
 Rows with one token and rows with many are attended apart, each kind padded to its own longest, so that a long prompt
 does not make every decode beside it as wide as itself. A form of attention that copies contexts (gathered, eager) gets
 finer groups: every prompt alone, and decodes with others whose contexts are at least half as long. One that does
-not (fused) gets two groups at most, which keeps the number of graphs at two.
+not (fused) gets two groups at most, which keeps graphs few.
 
 The builder keeps one persistent row per sequence for what changes rarely (the block table, the sampling wishes) and
 replays on it what the Step says has changed.

@@ -421,6 +421,7 @@ def test_captured_layers_get_it_from_a_number_for_each_row(builder, tables):
     batch[0, :5], batch[1, :5], batch[4, :5] = ROWS, LENS, FIRST
     graphs._batch = torch.from_numpy(batch)
     graphs._forward_batch(7, cascade=True)
+    graphs._batch[4] = 0
     graphs._forward_batch(7, cascade=False)
     shared, ordinary = given
     check_inputs(shared, np.vstack([tables, np.zeros((1, 20), int)]), [*ROWS, 8, 8], [*LENS, 0, 0])

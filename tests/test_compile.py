@@ -189,7 +189,7 @@ def test_one_graph_serves_every_shape():
 
 @pytest.mark.parametrize("kind", ["auto", "int8"])
 def test_a_compiled_engine_gives_the_same_tokens(kind, folders):
-    """Compiled layers: one graph for prompts and one for decodes, shared by all layers."""
+    """Compiled layers: one graph for prompts and decodes, shared by all layers."""
     prompts = as_prompts(token_prompts([9, 30, 17]))
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     settings = {"block_size": 8, "max_num_seqs": 3, "kv_cache_dtype": kind}
@@ -198,4 +198,4 @@ def test_a_compiled_engine_gives_the_same_tokens(kind, folders):
     compiled_llm = load(folders["llama"], enforce_eager=False, **settings)
     assert compiled_llm.engine.runner.attention_form == "fused"
     assert tokens_of(compiled_llm.generate(prompts, params)) == tokens_of(eager.generate(prompts, params))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -283,6 +283,7 @@ def check_limits(
 
 
 def splits_here(batch: int, num_kv_heads: int, num_blocks: int, device: torch.device) -> int:
+    """`num_splits_for` a device's multiprocessors; 1 on a CPU."""
     if device.type == "cpu":
         return 1  # there is no log-sum-exp to merge by
     num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
