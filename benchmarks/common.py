@@ -322,7 +322,8 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "paged": __version__,
-        "commit": _output_of("git", "rev-parse", "--short=12", "HEAD"),
+        # A copy of the files without their history may name the commit that they are.
+        "commit": os.environ.get("PAGED_COMMIT") or _output_of("git", "rev-parse", "--short=12", "HEAD"),
         "command": command_line(sys.argv),
     }
     if device.startswith("cuda"):
