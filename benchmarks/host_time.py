@@ -33,6 +33,7 @@ from paged.batch import Batch, BatchBuilder
 from paged.engine import Engine
 from paged.model.decode_graphs import Decoded, DecodeGraphs, capture_sizes
 from paged.model.flex_inputs import FlexInputsBuilder
+from paged.model.pools import Pools
 from paged.model.runner import ModelRunner
 from paged.model.shared_prefix import PrefixFinder
 from paged.sampling_params import RequestOutputKind
@@ -92,6 +93,7 @@ class HostRunner(ModelRunner):
         self._flex = FlexInputsBuilder(**shape, num_kv_heads=8, group=4, windows=[None], device=cpu)
         # Looking for shared prefixes is the host's work too; 64 KiB is a block of 16 tokens of 8 KV heads of 128.
         tables = self._builder.block_tables
+        self.pools = Pools([], block_size=BLOCK_SIZE, dtype=torch.float32, device=cpu, in_inference_mode=False)
         self._prefixes = PrefixFinder(tables, block_size=BLOCK_SIZE, group=4, block_bytes=64 * 1024)
         self.num_cascade_steps = 0
         self.attention_form = "flex"

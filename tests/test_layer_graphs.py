@@ -62,13 +62,13 @@ def test_a_layer_is_compiled_once_and_once_for_a_batch_of_one(name, num_graphs, 
     num_kinds = len(model._flex._windows)
 
     # As on a GPU at start: the largest steps and a captured batch on a small pool, then others on the real one.
-    num_blocks, pools = model.num_blocks, [call.module for call in model._calls]
-    allocate(model, pools, TRIAL_BLOCKS)
+    num_blocks = model.num_blocks
+    model._allocate(TRIAL_BLOCKS)
     for step in largest_steps(config):
         model.run(step)
     model._builder.reset()
     run_captured(model, [24])
-    allocate(model, pools, num_blocks)
+    model._allocate(num_blocks)
     run_captured(model, [24, 2, 4, 8, 16])
     assert len(num_graphs) == num_kinds
     run_captured(model, [1])
@@ -78,18 +78,6 @@ def test_a_layer_is_compiled_once_and_once_for_a_batch_of_one(name, num_graphs, 
         prompts = [{"prompt_token_ids": prompt} for prompt in token_prompts(lengths)]
         llm.generate(prompts, [GREEDY] * len(lengths))
     assert len(num_graphs) == 2 * num_kinds, "a step while serving was compiled"
-
-
-def allocate(model: runner.ModelRunner, modules: list[nn.Module], num_blocks: int) -> None:
-    """Give the layers pools of so many blocks, as `_allocate` does."""
-    with torch.inference_mode():
-        for module in modules:
-            for name in ("key_cache", "value_cache"):
-                cache = getattr(module, name)
-                fresh = cache.new_zeros(num_blocks, *cache.shape[1:])
-                torch._dynamo.mark_static(fresh, [1, 2, 3])
-                setattr(module, name, fresh)
-    model._flex.set_trash_block(num_blocks - 1)
 
 
 @torch.inference_mode()

@@ -11,15 +11,7 @@ from torch import Tensor
 
 from paged.batch import AttentionInputs, Batch, BatchBuilder
 from paged.config import EngineConfig
-from paged.kv_pool import (
-    LayerCache,
-    allocate_layer,
-    allocate_on_host,
-    bytes_per_block,
-    copy_blocks,
-    storage_bytes,
-    swap_blocks,
-)
+from paged.kv_pool import LayerCache, bytes_per_block, storage_bytes
 from paged.model.attention_form import choose_form
 from paged.model.calibration import calibrate
 from paged.model.decode_graphs import CannotBeCaptured, DecodeGraphs, capture_sizes, captures_in_order
@@ -31,6 +23,7 @@ from paged.model.memory_budget import most_blocks_for_flex, num_blocks_for, num_
 from paged.model.memory_ledger import MemoryLedger, open_ledger
 from paged.model.memory_profile import TRIAL_BLOCKS, MemoryNeeds, measure_needs, release_unused, snapshot
 from paged.model.paged_attention import find_attention
+from paged.model.pools import Pools
 from paged.model.shared_prefix import PrefixFinder
 from paged.sampling import Logprobs, TokenLogprobs, logprobs_of, sample, token_logprobs
 from paged.step import Step
@@ -45,8 +38,6 @@ RECOMPILE_LIMIT = 64
 COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
 # What a captured graph takes beside the memory that all share: its kernels' arguments.
 BYTES_OF_A_GRAPH = 4 * 2**20
-# The module's attributes where the attention function finds the tensors of a layer's cache, in their order.
-CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 class StepResult(NamedTuple):
@@ -100,8 +91,7 @@ class ModelRunner:
     Attributes:
         num_blocks, num_host_blocks: blocks of the pool and of the one in host memory, null and trash blocks included.
         memory_ledger: where the memory goes.
-        caches: of every layer, all tensors that are indexed by block: key_cache [N, P, Hkv, D], value_cache
-            [N, P, Hkv, Dv]; in int8 also key_scale and value_scale [N, P, Hkv].
+        pools: the layers' pools, and the one in host memory.
         attention_form: "gathered", "fused" or "flex".
         graphs: CUDA graphs of decode steps; None if there are none.
         sliding_window: keys further back than this are read by no layer; None if some layer reads all.
@@ -130,6 +120,13 @@ class ModelRunner:
         self._builder = self._make_builder(loaded)
         self._flex = self._make_flex_builder(loaded) if self.attention_form == "flex" else None
         self._prefixes = self._make_prefix_finder(loaded)
+        self.pools = Pools(
+            self._calls,
+            block_size=config.block_size,
+            dtype=loaded.kv_dtype,
+            device=loaded.device,
+            in_inference_mode=self._flex is not None,
+        )
         self.graphs: DecodeGraphs | None = None
         self._capture_sizes = [] if self._flex is None else _capture_sizes(config)
         self._capture_seconds = config.cudagraph_capture_seconds
@@ -247,7 +244,7 @@ class ModelRunner:
         config, on_cpu = loaded.config, loaded.memory_at_start is None
 
         def run_largest_steps() -> None:
-            self._allocate(TRIAL_BLOCKS, loaded)
+            self._allocate(TRIAL_BLOCKS)
             for step in largest_steps(config):
                 self.run(step)
             self._builder.reset()
@@ -260,8 +257,8 @@ class ModelRunner:
             weights=[*self._model.parameters(), *self._model.buffers()],
             buffers=self._builder.sampling_state_bytes
             + (self.block_table_bytes if on_cpu else storage_bytes(on_device)),
-            block_bytes=bytes_per_block(self._shapes, config.block_size, loaded.kv_dtype),
-            num_pool_tensors=len(self._calls) * (4 if loaded.kv_dtype == torch.int8 else 2),
+            block_bytes=self.pools.block_bytes,
+            num_pool_tensors=self.pools.num_tensors,
             run_largest_steps=run_largest_steps,
             warm_up=self._warm_up,
         )
@@ -276,41 +273,21 @@ class ModelRunner:
         config = loaded.config
         most_blocks = None if self._flex is None else most_blocks_for_flex(self._shapes, config.block_size)
         self.num_blocks = num_blocks_for(config, self._shapes, loaded.kv_dtype, needs, most_blocks=most_blocks)
-        self._allocate(self.num_blocks, loaded)
-        block_bytes = bytes_per_block(self._shapes, config.block_size, loaded.kv_dtype)
-        self.num_host_blocks = num_host_blocks_for(config, block_bytes)
-        self._host_caches = [allocate_on_host(cache, self.num_host_blocks) for cache in self.caches]
+        self._allocate(self.num_blocks)
+        self.num_host_blocks = num_host_blocks_for(config, self.pools.block_bytes)
+        self.pools.allocate_on_host(self.num_host_blocks)
         return open_ledger(
             config,
             needs,
             num_blocks=self.num_blocks,
             kv_pool=self.kv_cache_bytes,
-            host_swap_pool=storage_bytes(tensor for cache in self._host_caches for tensor in cache),
+            host_swap_pool=self.pools.num_host_bytes,
             host_block_tables=0 if loaded.memory_at_start is None else self.block_table_bytes,
             most_blocks=most_blocks,
         )
 
-    def _allocate(self, num_blocks: int, loaded: LoadedModel) -> None:
-        """Give every attention module a cache of so many blocks; what it had is let go."""
-        self.caches: list[LayerCache] = []
-        for call in self._calls:
-            try:
-                # In the mode in which steps run: tensors from elsewhere are another kind to the compiler.
-                with torch.inference_mode(self._flex is not None):
-                    cache = allocate_layer(
-                        call.shape, num_blocks, loaded.config.block_size, loaded.kv_dtype, loaded.device
-                    )
-            except RuntimeError as error:
-                size = bytes_per_block(self._shapes, loaded.config.block_size, loaded.kv_dtype)
-                raise ValueError(
-                    f"a pool of {num_blocks:,} blocks takes {num_blocks * size:,} bytes, more than {loaded.device} has "
-                    "left; give it fewer (num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization)"
-                ) from error
-            for name, tensor in zip(CACHES, cache, strict=False):  # only int8 has the last two
-                # Of the sizes only the number of blocks ever changes, and a graph should know the others.
-                torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
-                setattr(call.module, name, tensor)
-            self.caches.append(cache)
+    def _allocate(self, num_blocks: int) -> None:
+        self.pools.allocate(num_blocks)
         if self._flex is not None:
             self._flex.set_trash_block(num_blocks - 1)
 
@@ -320,9 +297,14 @@ class ModelRunner:
         return 0 if self.graphs is None else self.graphs.num_steps
 
     @property
+    def caches(self) -> list[LayerCache]:
+        """Of every layer, all tensors that are indexed by block (`Pools.caches`)."""
+        return self.pools.caches
+
+    @property
     def kv_cache_bytes(self) -> int:
-        """Bytes that the pool takes, measured: those of the tensors' storages."""
-        return storage_bytes([tensor for cache in self.caches for tensor in cache])
+        """Bytes that the pool takes, measured."""
+        return self.pools.num_bytes
 
     @property
     def block_table_bytes(self) -> int:
@@ -340,7 +322,7 @@ class ModelRunner:
         A GPU is not waited for, so that the host can plan and launch the next step meanwhile. (Moving blocks to or from
         the host's pool does wait.) Steps run in the order in which they are launched.
         """
-        self._move_blocks(step)
+        self.pools.move_blocks(step)
         self._builder.replay(step)
         if self._flex is not None:
             self._flex.replay(step)
@@ -369,15 +351,6 @@ class ModelRunner:
             targets = batch.prompt_targets
             prompt_logprobs = (logprobs_of(logits[num_samples:], targets, batch.num_prompt_logprobs), targets)
         return StepInFlight(*on_host, logprobs, prompt_logprobs)
-
-    def _move_blocks(self, step: Step) -> None:
-        """Copy blocks before the step writes any. Swapping out comes first: the blocks may be others' targets then."""
-        if step.swap_outs:
-            swap_blocks(self.caches, self._host_caches, [(copy.source, copy.target) for copy in step.swap_outs])
-        if step.swap_ins:
-            swap_blocks(self._host_caches, self.caches, [(copy.source, copy.target) for copy in step.swap_ins])
-        if step.copies:
-            copy_blocks(self.caches, [(copy.source, copy.target) for copy in step.copies])
 
     def _logits(self, step: Step, batch: Batch, first_blocks: np.ndarray | None) -> Tensor:
         """[S + Q, V]: the logits of the tokens that are sampled from, then those of prompt tokens that are scored."""
