@@ -125,7 +125,7 @@ class Profile:
         operand_dtype: keys, queries and values are rounded to it before they are multiplied ("tfloat32"); None: exact.
         kv_dequant_dtype: stored value times scale is rounded to it; None: not rounded.
         exp_rel: relative error of the exponential; None: 2^-22 (PTX ex2.approx), or 2^-50 in float64.
-        tanh_abs: error of the hyperbolic tangent; None: 2^-11 (PTX tanh.approx), or 2^-50 in float64.
+        tanh_rel: relative error of the hyperbolic tangent; None: 2^-11 (PTX tanh.approx), or 2^-50 in float64.
 
     Raises:
         ValueError: an unknown dtype or a negative error.
@@ -138,7 +138,7 @@ class Profile:
     operand_dtype: str | None = None
     kv_dequant_dtype: str | None = None
     exp_rel: float | None = None
-    tanh_abs: float | None = None
+    tanh_rel: float | None = None
 
     def __post_init__(self) -> None:
         known = tuple(ROUNDOFF)
@@ -146,7 +146,7 @@ class Profile:
         _choice("acc_dtype", self.acc_dtype, ("auto", *known))
         for name in ("split_dtype", "q_prescale_dtype", "operand_dtype", "kv_dequant_dtype"):
             _choice(name, getattr(self, name), (None, *known))
-        for name in ("exp_rel", "tanh_abs"):
+        for name in ("exp_rel", "tanh_rel"):
             error = getattr(self, name)
             if error is not None and not 0 <= error < 1:
                 raise ValueError(f"{name} is an error from 0 to 1, got {error!r}")
@@ -168,7 +168,7 @@ class Profile:
             queries=of(self.q_prescale_dtype) + of(self.operand_dtype),
             keys=of(self.kv_dequant_dtype) + of(self.operand_dtype),
             exp=(2.0**-50 if exact else 2.0**-22) if self.exp_rel is None else self.exp_rel,
-            tanh=(2.0**-50 if exact else 2.0**-11) if self.tanh_abs is None else self.tanh_abs,
+            tanh=(2.0**-50 if exact else 2.0**-11) if self.tanh_rel is None else self.tanh_rel,
         )
 
 

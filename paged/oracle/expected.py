@@ -1,0 +1,283 @@
+"""What is right, and how far from it a right kernel may be: attention in float64, with a bound for every element.
+
+A `Problem` is attention without blocks: for each sequence its queries, keys and values, as the stored numbers mean
+them. `solve` computes it from the definition, a head at a time, and bounds what rounding can do. With weights p_j,
+final scores s_j, values v_jd and outputs o_d, and unit roundoffs u of a `Profile` (P the weights, acc the sums):
+
+    eta_j = (u_q + u_k + (D + 4) u_acc) scale sum_i |q_i| |k_ji| * f  the product of query and key
+          + 4 u_acc (|s_j| + |bias_j| + cap + 1) + exp + tanh |s_j|   what follows it
+    |error of o_d| <= u_P max(sum_j p_j |v_jd|, sum_j p_j |v_jd - o_d|)   weights rounded before they meet V
+          + 2 sum_j p_j |v_jd - o_d| eta_j                            softmax of scores that are off by eta_j
+          + (8 sqrt(n) u_acc + u_split + u_k) sum_j p_j |v_jd|        sums, partials, values
+          + u_out |o_d| + the smallest number of the output's dtype
+    |error of lse| <= sum_j p_j eta_j + 8 sqrt(n) u_acc + 4 u_acc (|lse| + 1)
+
+f is 1, or with a softcap its largest slope within the error of the score, 1 - tanh^2: where the cap is reached, the
+score's error is lost. With a sink 4 u_acc (|lse| + 1) |o_d| is added, for its share may be computed from the lse. The
+softmax terms are its first-order perturbation, with a factor of 2 for the rest (condition of softmax: Blanchard, Higham
+and Higham 2021); sqrt(n) rather than n for sums is the probabilistic bound (Higham and Mary 2019).
+
+Exact recipes need less room: a weight that is a power of two is not rounded, and sums of +1 and -1 are exact. Then
+
+    |error of o_d| <= (u_out + u_P + 8 sqrt(n) u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
+          + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
+
+For random numbers and outputs of 16 bits, `deviation` is what the error of an element should be on average, since
+roundings are independent there: 0.4247 u of a number, the root mean square of rounding to nearest when significands
+are spread as logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from paged.oracle.declarations import Roundoffs
+
+RMS = 0.4247
+SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+LN_2 = math.log(2.0)
+# The products of queries, keys and dims that are held at once.
+MOST_NUMBERS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of several sequences, without blocks, as a kernel is meant to compute it.
+
+    Attributes:
+        queries: [Q, Hq, D] of each sequence, float64.
+        keys, values: [n, Hkv, D] and [n, Hkv, Dv] of each.
+        first_positions: where each sequence's first query token sits.
+        kv_heads: [Hq] which KV head each query head reads.
+        scale, window, softcap: of the contract; the window counts the query itself.
+        slopes, sinks: [Hq] or None.
+        lse_base, lse_includes_sink, alibi_origin, empty_lse, empty_out: see `Conventions`.
+    """
+
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    first_positions: tuple[int, ...]
+    kv_heads: Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    lse_base: str = "e"
+    lse_includes_sink: bool = False
+    alibi_origin: str = "query"
+    empty_lse: str = "-inf"
+    empty_out: str = "zero"
+
+    def replace(self, **changes: object) -> "Problem":
+        """The same problem but for `changes`."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The right answer and the room around it, float64 throughout.
+
+    Attributes:
+        out, bound: [T, Hq, Dv].
+        lse, lse_bound: [T, Hq].
+        deviation: [T, Hq, Dv] root mean square error that random numbers should give.
+        lse_deviation: [T, Hq] likewise.
+        weight: [T, Hq, Dv] sum_j p_j |v_jd|, what an error is measured against.
+        empty: [T] rows that see no key.
+    """
+
+    out: Tensor
+    lse: Tensor
+    bound: Tensor
+    lse_bound: Tensor
+    deviation: Tensor
+    lse_deviation: Tensor
+    weight: Tensor
+    empty: Tensor
+
+
+def answer(problem: Problem) -> tuple[Tensor, Tensor]:
+    """What is right, without bounds: out [T, Hq, Dv] and lse [T, Hq].
+
+    Example: two equal scores, so the mean of the values.
+        >>> ones = torch.ones(2, 1, 1, dtype=torch.float64)
+        >>> values = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64)
+        >>> problem = Problem((ones[:1],), (ones,), (values,), (1,), torch.tensor([0]), scale=1.0)
+        >>> round(answer(problem)[0].item(), 9)
+        2.0
+    """
+    outs, lses = [], []
+    for index in range(len(problem.queries)):
+        weights, lse, _ = _weights(problem, index)
+        value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
+        outs.append(torch.einsum("hqn,nhd->qhd", weights, value))
+        lses.append(lse.T)
+    empty = _empty(problem)
+    return _by_convention(problem, torch.cat(outs), torch.cat(lses), empty)
+
+
+def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, exact: bool = False) -> Expected:
+    """What is right and how far from it a right kernel may be.
+
+    Args:
+        problem: as meant.
+        roundoffs: where the kernel rounds.
+        out_dtype: of its output.
+        exact: whether the recipe is an exact one.
+
+    Example: three equal scores in float32.
+        >>> from paged.oracle.declarations import Profile
+        >>> keys, values = torch.zeros(3, 1, 4, dtype=torch.float64), torch.ones(3, 1, 4, dtype=torch.float64)
+        >>> problem = Problem((keys[:1],), (keys,), (values,), (2,), torch.tensor([0]), scale=1.0)
+        >>> expected = solve(problem, Profile().roundoffs("float32"), out_dtype="float32")
+        >>> expected.out[0, 0, 0].item(), bool(expected.bound.max() < 2e-6)
+        (1.0, True)
+    """
+    parts = [_solve_sequence(problem, index, roundoffs, out_dtype, exact) for index in range(len(problem.queries))]
+    out, lse, bound, lse_bound, deviation, lse_deviation, weight = (
+        torch.cat(columns) for columns in zip(*parts, strict=True)
+    )
+    empty = _empty(problem)
+    out, lse = _by_convention(problem, out, lse, empty)
+    unit = LN_2 if problem.lse_base == "2" else 1.0
+    return Expected(out, lse, bound, lse_bound / unit, deviation, lse_deviation / unit, weight, empty)
+
+
+def _solve_sequence(
+    problem: Problem, index: int, u: Roundoffs, out_dtype: str, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything of one sequence's rows, in the order of `solve`."""
+    weights, lse, scores = _weights(problem, index)  # [Hq, Q, n], [Hq, Q], [Hq, Q, n]
+    value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
+    n = len(value)
+    eta, variance = _score_errors(problem, index, u, scores)  # [Hq, Q, n]
+
+    out = torch.einsum("hqn,nhd->qhd", weights, value)
+    weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
+    spread, shaken = _centred(weights, weights * eta, value, out)
+    if exact:
+        rounded = torch.where(_dyadic(weights), 0.0, weights)
+        bound = (u.out + u.weights + 8 * math.sqrt(n) * u.acc) * out.abs()
+        bound += u.weights * torch.einsum("hqn,nhd->qhd", rounded, value.abs())
+        bound += 2 * shaken + (u.split + u.keys) * weight
+        bound += 2.0**-22 * max(1.0, u.acc * 2**24) * (value.abs().amax(dim=0) if n else 0.0)
+    else:
+        bound = u.weights * torch.maximum(weight, spread) + 2 * shaken
+        bound += (8 * math.sqrt(n) * u.acc + u.split + u.keys) * weight + u.out * out.abs()
+    bound += SMALLEST[out_dtype]
+    if problem.sinks is not None:
+        bound += (4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)).T[..., None] * out.abs()
+    squares = torch.einsum("hqn,nhd->qhd", weights**2, value**2)
+    turned = weights**2 * variance  # sum_j p_j^2 sigma_j^2 (v_jd - o_d)^2, multiplied out
+    moved = torch.einsum("hqn,nhd->qhd", turned, value**2) - 2 * out * torch.einsum("hqn,nhd->qhd", turned, value)
+    moved = (moved + out**2 * turned.sum(dim=2).T[..., None]).clamp(min=0)
+    deviation = (RMS * (u.weights + u.keys)) ** 2 * squares + (RMS * u.out) ** 2 * out**2 + moved
+    deviation = (deviation + (RMS * u.split) ** 2 * (squares + out**2)).sqrt() + SMALLEST[out_dtype]
+    sums = 8 * math.sqrt(n) * u.acc + 4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)
+    # The log-sum-exp is over the keys alone, so a sink takes nothing from their shares.
+    shares = weights if problem.sinks is None else _weights(problem.replace(sinks=None), index)[0]
+    lse_bound = (shares * eta).sum(dim=2) + sums
+    lse_deviation = (shares**2 * variance).sum(dim=2).sqrt()
+    return out, lse.T, bound, lse_bound.T, deviation, lse_deviation.T, weight
+
+
+def _weights(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [Hq, Q, n] (their sum leaves room for a sink), log-sum-exp of the keys [Hq, Q], scores [Hq, Q, n]."""
+    query, key = problem.queries[index], problem.keys[index][:, problem.kv_heads]
+    scores = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    scores = scores + _bias(problem, index)
+    distance = _distance(problem, index)
+    seen = distance >= 0
+    if problem.window is not None:
+        seen &= distance < problem.window
+    scores = torch.where(seen, scores, -torch.inf)
+    if not len(key):
+        return scores, scores.new_full(scores.shape[:2], -torch.inf), scores
+    lse = torch.logsumexp(scores, dim=2)
+    # By softmax and not by exp(scores - lse): with scores in the hundreds the difference has lost three digits.
+    sink = torch.full_like(lse, -torch.inf) if problem.sinks is None else problem.sinks[:, None].expand_as(lse)
+    weights = torch.softmax(torch.cat([scores, sink[..., None]], dim=2), dim=2)[..., :-1].nan_to_num(nan=0.0)
+    return weights, lse, scores.nan_to_num(neginf=0.0)
+
+
+def _score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """eta and the variance of each score's error, both [Hq, Q, n]."""
+    query, key = problem.queries[index], problem.keys[index][:, problem.kv_heads]
+    terms = key.shape[2] + 4
+    product = problem.scale * torch.einsum("qhd,nhd->hqn", query.abs(), key.abs())
+    eta = (u.queries + u.keys + terms * u.acc) * product
+    after, slope = 4 * u.acc * (scores.abs() + _bias(problem, index).abs() + 1) + u.exp, torch.ones(())
+    if problem.softcap is not None:
+        plain = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
+        slope = 1 - torch.tanh((plain.abs() - eta).clamp(min=0) / problem.softcap) ** 2
+        capped = problem.softcap * torch.tanh(plain / problem.softcap)
+        after = after + 4 * u.acc * problem.softcap + u.tanh * capped.abs()
+    relative = ((RMS * (u.queries + u.keys)) ** 2 + terms * u.acc**2) * problem.scale**2
+    variance = relative * torch.einsum("qhd,nhd->hqn", query**2, key**2)
+    return eta * slope + after, variance * slope**2 + after**2
+
+
+def _distance(problem: Problem, index: int) -> Tensor:
+    """[Q, n] how far each key lies before each query."""
+    positions = problem.first_positions[index] + torch.arange(len(problem.queries[index]))
+    return positions[:, None] - torch.arange(len(problem.keys[index]))
+
+
+def _bias(problem: Problem, index: int) -> Tensor:
+    """[Hq, Q, n] what ALiBi adds: slope times (key position - origin)."""
+    distance = _distance(problem, index).double()
+    if problem.slopes is None:
+        return torch.zeros(1, 1, 1, dtype=torch.float64)
+    if problem.alibi_origin == "last_key":
+        distance = (len(problem.keys[index]) - 1 - torch.arange(len(problem.keys[index]))).double().expand_as(distance)
+    elif problem.alibi_origin == "first_key":
+        distance = -torch.arange(len(problem.keys[index])).double().expand_as(distance)
+    return -problem.slopes[:, None, None] * distance
+
+
+def _centred(weights: Tensor, shaken: Tensor, value: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j w_j |v_jd - o_d| for two sets of weights [Hq, Q, n], each [Q, Hq, Dv]; some queries at a time."""
+    spread, moved = torch.zeros_like(out), torch.zeros_like(out)
+    step = max(1, MOST_NUMBERS // max(1, value.shape[0] * value.shape[2]))
+    for head in range(out.shape[1]):
+        for first in range(0, out.shape[0], step):
+            rows = slice(first, first + step)
+            distance = (value[:, head] - out[rows, head, None]).abs()  # [q, n, Dv]
+            both = torch.stack([weights[head, rows], shaken[head, rows]], dim=1)  # [q, 2, n]
+            spread[rows, head], moved[rows, head] = (both @ distance).unbind(dim=1)
+    return spread, moved
+
+
+def _dyadic(weights: Tensor) -> Tensor:
+    """Where a weight is a power of two of its row's largest, or nothing: no dtype has to round it."""
+    exponent = torch.log2(weights / weights.amax(dim=2, keepdim=True)) if weights.shape[2] else weights
+    return (weights == 0) | ((exponent - exponent.round()).abs() < 1e-4)
+
+
+def _empty(problem: Problem) -> Tensor:
+    """[T] rows that see no key."""
+    rows = []
+    for index in range(len(problem.queries)):
+        distance = _distance(problem, index)
+        seen = distance >= 0 if problem.window is None else (distance >= 0) & (distance < problem.window)
+        rows.append(~seen.any(dim=1))
+    return torch.cat(rows)
+
+
+def _by_convention(problem: Problem, out: Tensor, lse: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """The same answer as this kernel is meant to write it down."""
+    if problem.lse_includes_sink and problem.sinks is not None:
+        lse = torch.logaddexp(lse, problem.sinks)
+    if problem.lse_base == "2":
+        lse = lse / LN_2
+    empty_lse = {"-inf": -torch.inf, "+inf": torch.inf, "zero": 0.0, "any": torch.nan}[problem.empty_lse]
+    if not problem.lse_includes_sink or problem.sinks is None:
+        lse = torch.where(empty[:, None], empty_lse, lse)
+    empty_out = {"zero": 0.0, "nan": torch.nan, "any": torch.nan}[problem.empty_out]
+    return torch.where(empty[:, None, None], empty_out, out), lse
