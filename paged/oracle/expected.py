@@ -22,9 +22,10 @@ Exact recipes need less room: a weight that is a power of two is not rounded, an
     |error of o_d| <= (u_out + u_P + 8 sqrt(n) u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
           + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
 
-For random numbers and outputs of 16 bits, `deviation` is what the error of an element should be on average, since
-roundings are independent there: 0.4247 u of a number, the root mean square of rounding to nearest when significands
-are spread as logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
+For random numbers the errors of scores are independent, and the log-sum-exp's is at most 6 standard deviations of
+theirs, plus (2 sqrt(n) + 8 (|lse| + 1)) u_acc. For outputs of 16 bits, `deviation` is what the error of an element
+should be on average: 0.4247 u of a number for every rounding, the root mean square when significands are spread as
+logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
 """
 
 import math
@@ -33,6 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from paged.oracle.case import EXACT
 from paged.oracle.declarations import Roundoffs
 
 RMS = 0.4247
@@ -85,8 +87,8 @@ class Expected:
         out, bound: [T, Hq, Dv].
         lse, lse_bound: [T, Hq].
         deviation: [T, Hq, Dv] root mean square error that random numbers should give.
-        lse_deviation: [T, Hq] likewise.
         weight: [T, Hq, Dv] sum_j p_j |v_jd|, what an error is measured against.
+        concentration: [T, Hq] sum_j p_j^2, one over how many keys there are in effect.
         empty: [T] rows that see no key.
     """
 
@@ -95,8 +97,8 @@ class Expected:
     bound: Tensor
     lse_bound: Tensor
     deviation: Tensor
-    lse_deviation: Tensor
     weight: Tensor
+    concentration: Tensor
     empty: Tensor
 
 
@@ -120,14 +122,14 @@ def answer(problem: Problem) -> tuple[Tensor, Tensor]:
     return _by_convention(problem, torch.cat(outs), torch.cat(lses), empty)
 
 
-def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, exact: bool = False) -> Expected:
+def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, recipe: str = "random") -> Expected:
     """What is right and how far from it a right kernel may be.
 
     Args:
         problem: as meant.
         roundoffs: where the kernel rounds.
         out_dtype: of its output.
-        exact: whether the recipe is an exact one.
+        recipe: of the numbers; exact ones and random ones need less room than any others.
 
     Example: three equal scores in float32.
         >>> from paged.oracle.declarations import Profile
@@ -137,18 +139,18 @@ def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, exact: bool
         >>> expected.out[0, 0, 0].item(), bool(expected.bound.max() < 2e-6)
         (1.0, True)
     """
-    parts = [_solve_sequence(problem, index, roundoffs, out_dtype, exact) for index in range(len(problem.queries))]
-    out, lse, bound, lse_bound, deviation, lse_deviation, weight = (
+    parts = [_solve_sequence(problem, index, roundoffs, out_dtype, recipe) for index in range(len(problem.queries))]
+    out, lse, bound, lse_bound, deviation, weight, concentration = (
         torch.cat(columns) for columns in zip(*parts, strict=True)
     )
     empty = _empty(problem)
     out, lse = _by_convention(problem, out, lse, empty)
     unit = LN_2 if problem.lse_base == "2" else 1.0
-    return Expected(out, lse, bound, lse_bound / unit, deviation, lse_deviation / unit, weight, empty)
+    return Expected(out, lse, bound, lse_bound / unit, deviation, weight, concentration, empty)
 
 
 def _solve_sequence(
-    problem: Problem, index: int, u: Roundoffs, out_dtype: str, exact: bool
+    problem: Problem, index: int, u: Roundoffs, out_dtype: str, recipe: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything of one sequence's rows, in the order of `solve`."""
     weights, lse, scores = _weights(problem, index)  # [Hq, Q, n], [Hq, Q], [Hq, Q, n]
@@ -159,7 +161,7 @@ def _solve_sequence(
     out = torch.einsum("hqn,nhd->qhd", weights, value)
     weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
     spread, shaken = _centred(weights, weights * eta, value, out)
-    if exact:
+    if recipe in EXACT:
         rounded = torch.where(_dyadic(weights), 0.0, weights)
         bound = (u.out + u.weights + 8 * math.sqrt(n) * u.acc) * out.abs()
         bound += u.weights * torch.einsum("hqn,nhd->qhd", rounded, value.abs())
@@ -181,8 +183,10 @@ def _solve_sequence(
     # The log-sum-exp is over the keys alone, so a sink takes nothing from their shares.
     shares = weights if problem.sinks is None else _weights(problem.replace(sinks=None), index)[0]
     lse_bound = (shares * eta).sum(dim=2) + sums
-    lse_deviation = (shares**2 * variance).sum(dim=2).sqrt()
-    return out, lse.T, bound, lse_bound.T, deviation, lse_deviation.T, weight
+    if recipe == "random":
+        likely = 6 * (shares**2 * variance).sum(dim=2).sqrt() + (2 * math.sqrt(n) + 8 * (lse.abs() + 1)) * u.acc
+        lse_bound = torch.minimum(lse_bound, likely)
+    return out, lse.T, bound, lse_bound.T, deviation, weight, (weights**2).sum(dim=2).T
 
 
 def _weights(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
