@@ -6,7 +6,7 @@ declared, the report says which declaration would make it right.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,14 +99,14 @@ def _conventions(inputs: Inputs, conventions: Conventions) -> Iterator[Alternati
         changed = problem.replace(lse_includes_sink=included)
         yield Alternative(f"the log-sum-exp {said}", "I", f"Conventions(lse_includes_sink={included})", changed)
     if problem.slopes is not None:
-        for origin in {"query", "last_key", "first_key"} - {problem.alibi_origin}:
+        for origin in sorted({"query", "last_key", "first_key"} - {problem.alibi_origin}):
             changed = problem.replace(alibi_origin=origin)
             said = f"ALiBi counts from the {origin.replace('_', ' ')}, which shifts the log-sum-exp"
             yield Alternative(said, "J", f"Conventions(alibi_origin={origin!r})", changed)
-    for lse in {"-inf", "+inf", "zero"} - {problem.empty_lse}:
+    for lse in sorted({"-inf", "+inf", "zero"} - {problem.empty_lse}):
         said = f"a row that sees no key has log-sum-exp {lse}"
         yield Alternative(said, "K", f"Conventions(empty_lse={lse!r})", problem.replace(empty_lse=lse))
-    for out in {"zero", "nan"} - {problem.empty_out}:
+    for out in sorted({"zero", "nan"} - {problem.empty_out}):
         said = f"a row that sees no key gives {out}"
         yield Alternative(said, "C", f"Conventions(empty_out={out!r})", problem.replace(empty_out=out))
 

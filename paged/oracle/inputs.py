@@ -35,6 +35,8 @@ HUGE = {"float64": 2.0**36, "float32": 2.0**36, "bfloat16": 2.0**36, "float16": 
 SHARE = {HIDDEN: 0.5, TAIL: 1.0, FREE: 0.75}
 # Blocks this far apart: three of them lie on both sides of 2^31 numbers, and of 2^32 bytes. Nothing between is touched.
 FAR = (1 << 30) + (1 << 20)
+# In a pool of very many blocks, so many of the first ones and of those below the first in use hold numbers.
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Inputs:
         problem: the same without blocks.
         regions: [N, P] what each slot is, an index into REGIONS.
         tokens: [N, P] numbers of the tokens that lie there.
+        filled: [F] blocks that hold numbers; the others, in a pool of very many, are zeros that were never touched.
     """
 
     case: Case
@@ -68,10 +71,16 @@ class Inputs:
     problem: Problem
     regions: Integers
     tokens: Integers
+    filled: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a kernel must leave as it is, by name."""
-        return {field.name: tensor for field in fields(self) if isinstance(tensor := getattr(self, field.name), Tensor)}
+        """What a kernel must leave as it is, by name; of the caches, copies of the blocks that hold numbers."""
+        found: dict[str, Tensor] = {}
+        for name in (field.name for field in fields(self)):
+            tensor = getattr(self, name)
+            if isinstance(tensor, Tensor) and name != "filled":
+                found[name] = tensor[self.filled] if name in ("key_cache", "value_cache") else tensor
+        return found
 
     def replace(self, **changes: object) -> "Inputs":
         """The same inputs but for `changes`."""
@@ -96,11 +105,19 @@ def materialise(
     """
     conventions = conventions or Conventions()
     regions, tokens, tables = _lay_out(case, conventions)
-    scales = [recipes.kv_scale(case, which, tokens) for which in (K_SCALE, V_SCALE)]
-    stored = [recipes.stored_keys(case, tokens), recipes.stored_values(case, tokens)]
-    problem = _problem(case, conventions, stored, scales, tables)
-    _poison(case, stored, scales, regions, poisoned)
-    caches = _caches(case, stored, device)
+    filled = np.array([block for block in range(len(regions)) if block < FEW or block >= case.first_block - FEW])
+    scales = [recipes.kv_scale(case, which, tokens[filled]) for which in (K_SCALE, V_SCALE)]
+    stored = [recipes.stored_keys(case, tokens[filled]), recipes.stored_values(case, tokens[filled])]
+    where = np.searchsorted(filled, np.concatenate(tables)) if tables else filled
+    inside = np.split(where, np.cumsum([len(table) for table in tables])[:-1])
+    problem = _problem(case, conventions, stored, scales, inside)
+    _poison(case, stored, scales, regions[filled], poisoned)
+    caches = _caches(case, stored, len(regions), filled, device)
+    for which, scale in enumerate(scales):
+        if scale is not None and scale.ndim == 3:
+            whole = np.ones((*regions.shape, case.num_kv_heads))
+            whole[filled] = scale
+            scales[which] = whole
 
     def tensor(numbers: object, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.asarray(numbers)).to(device=device, dtype=dtype)
@@ -125,6 +142,7 @@ def materialise(
         problem=problem,
         regions=regions,
         tokens=tokens,
+        filled=torch.from_numpy(filled).to(device),
     )
 
 
@@ -260,14 +278,17 @@ def _poison(
                 scale[here] = np.nan
 
 
-def _caches(case: Case, stored: list[recipes.Floats], device: str) -> list[Tensor]:
+def _caches(case: Case, stored: list[recipes.Floats], num_blocks: int, filled: Integers, device: str) -> list[Tensor]:
     """Key and value cache with the strides the case wants."""
     dtype = getattr(torch, case.kv_dtype)
-    tensors = [torch.from_numpy(numbers).float().to(device) for numbers in stored]
-    if case.kv_dtype == "float64":
-        tensors = [torch.from_numpy(numbers).to(device) for numbers in stored]
+    wide = torch.float64 if case.kv_dtype == "float64" else torch.float32
     # NaN and infinities survive every cast but that to int8, which has none.
-    tensors = [tensor.to(dtype) for tensor in tensors]
+    tensors = [torch.from_numpy(numbers).to(device=device, dtype=wide).to(dtype) for numbers in stored]
+    if len(filled) < num_blocks:
+        pools = [torch.zeros(num_blocks, *tensor.shape[1:], dtype=dtype, device=device) for tensor in tensors]
+        for pool, tensor in zip(pools, tensors, strict=True):
+            pool[torch.from_numpy(filled).to(device)] = tensor
+        tensors = pools
     if case.strides == "interleaved":
         together = torch.stack(tensors, dim=1)  # [N, 2, P, Hkv, D]
         return [together[:, 0], together[:, 1]]

@@ -149,13 +149,13 @@ def decode(inputs: Inputs, row: int, head: int, got: torch.Tensor, roundoff: flo
 
 
 # A kind of fault: its name, the i-th one in words, its sums [C, Dv] and counts [C], and the slots the i-th one counts.
-Hypotheses = Iterator[tuple[str, Callable[[int], str], Floats, Integers, Callable[[int], tuple[Change, ...]]]]
+Hypothesis = tuple[str, Callable[[int], str], Floats, Integers, Callable[[int], tuple[Change, ...]]]
+Hypotheses = Iterator[Hypothesis]
 
 
 def _hypotheses(seen: Row, visible: Integers, total: Floats, count: int, target: Floats) -> Hypotheses:
     """All kinds of faults, simplest first."""
     codes = seen.codes
-    every = np.arange(len(codes))
     often = np.bincount(visible, minlength=len(codes))
     lost = seen.changes
     one = np.ones(count, dtype=np.int64)
@@ -167,7 +167,9 @@ def _hypotheses(seen: Row, visible: Integers, total: Floats, count: int, target:
         lambda i: lost(visible[i : i + 1], -1),
     )
     # Tokens that the row sees anyway come first: twice is likelier than a stranger with the same code.
-    order = np.concatenate([np.flatnonzero(often), _nearby(seen, often), np.flatnonzero(often == 0)])
+    nearby = _nearby(seen, often)
+    strangers = np.setdiff1d(np.flatnonzero(often == 0), nearby)
+    order = np.concatenate([np.flatnonzero(often), nearby, strangers])
     yield (
         "extra",
         lambda i: _extra_words(seen, int(order[i]), bool(often[order[i]])),
@@ -178,7 +180,7 @@ def _hypotheses(seen: Row, visible: Integers, total: Floats, count: int, target:
     yield from _runs(seen, visible, total, count)
     yield from _blocks(seen, visible, total, count)
     yield from _swaps(seen, visible, total, count, target)
-    counts = np.array([m for m in range(1, 2 * count + len(every)) if m != count])
+    counts = np.array([m for m in range(1, 2 * count + len(codes)) if m != count])
     yield (
         "denominator",
         lambda i: (
@@ -193,70 +195,54 @@ def _hypotheses(seen: Row, visible: Integers, total: Floats, count: int, target:
 
 def _runs(seen: Row, visible: Integers, total: Floats, count: int) -> Hypotheses:
     """The first or last tokens missing, or a run behind the last or before the first one counted as well."""
-    codes = seen.codes
-    forward, backward = np.cumsum(codes[visible], axis=0), np.cumsum(codes[visible[::-1]], axis=0)
-    lengths = np.arange(1, count)
-    for name, sums, pick in (
-        ("last", backward, lambda k: visible[len(visible) - k :]),
-        ("first", forward, lambda k: visible[:k]),
-    ):
-        yield (
-            "missing",
-            lambda i, name=name, pick=pick: (
-                f"the {name} {i + 1} tokens it sees were not counted, {_span(seen, pick(i + 1))}"
-            ),
-            total - sums[:-1],
-            count - lengths,
-            lambda i, pick=pick: seen.changes(pick(i + 1), -1),
-        )
+    if count > 1:
+        for name, run in (("last", visible[::-1]), ("first", visible)):
+            yield _run(seen, total, count, run[:-1], f"of the {name} tokens it sees, {{}} were not counted, {{}}", -1)
     behind, before = seen.slots[seen.last + 1 :], seen.slots[: seen.first][::-1]
     for name, run in (("behind the last", behind), ("before the first", before)):
         if len(run):
-            yield (
-                "extra",
-                lambda i, name=name, run=run: (
-                    f"{i + 1} tokens {name} one it sees were counted, {_span(seen, run[: i + 1])}"
-                ),
-                total + np.cumsum(codes[run], axis=0),
-                count + np.arange(1, len(run) + 1),
-                lambda i, run=run: seen.changes(run[: i + 1], 1),
-            )
+            yield _run(seen, total, count, run, f"{{}} tokens {name} one it sees were counted, {{}}", 1)
+
+
+def _run(seen: Row, total: Floats, count: int, run: Integers, words: str, times: int) -> Hypothesis:
+    """The first one, two, three ... slots of a run, counted once too often or too rarely."""
+    return (
+        "extra" if times > 0 else "missing",
+        lambda i: words.format(i + 1, _span(seen, run[: i + 1])),
+        total + times * np.cumsum(seen.codes[run], axis=0),
+        count + times * np.arange(1, len(run) + 1),
+        lambda i: seen.changes(run[: i + 1], times),
+    )
 
 
 def _blocks(seen: Row, visible: Integers, total: Floats, count: int) -> Hypotheses:
     """A block of the table missing, counted twice, or another physical block read in its place."""
     size = seen.inputs.case.block_size
     positions = np.arange(seen.first, seen.last + 1)
-    by_block = seen.codes.reshape(-1, size, seen.codes.shape[1])
     for block in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
         inside = positions // size == block
-        own, offsets = visible[inside], positions[inside] % size
-        part = seen.codes[own].sum(axis=0)
-        name = f"block {block} (physical block {own[0] // size})"
-        yield (
-            "missing",
-            lambda i, name=name: f"{name} was not counted",
-            (total - part)[None],
-            np.array([count - len(own)]),
-            lambda i, own=own: seen.changes(own, -1),
-        )
-        yield (
-            "twice",
-            lambda i, name=name: f"{name} was counted twice",
-            (total + part)[None],
-            np.array([count + len(own)]),
-            lambda i, own=own: seen.changes(own, 1),
-        )
-        yield (
-            "replaced",
-            lambda i, name=name: f"physical block {i} was read in the place of {name}",
-            total - part + by_block[:, offsets].sum(axis=1),
-            np.full(len(by_block), count),
-            lambda i, own=own, offsets=offsets: (
-                *seen.changes(own, -1),
-                *seen.changes(i * size + offsets, 1),
-            ),
-        )
+        yield from _block(seen, total, count, block, visible[inside], positions[inside] % size)
+
+
+def _block(seen: Row, total: Floats, count: int, block: int, own: Integers, offsets: Integers) -> Hypotheses:
+    size = seen.inputs.case.block_size
+    by_block = seen.codes.reshape(-1, size, seen.codes.shape[1])
+    part = seen.codes[own].sum(axis=0)
+    name = f"block {block} (physical block {own[0] // size})"
+    for kind, times, said in (("missing", -1, "was not counted"), ("twice", 1, "was counted twice")):
+        yield _whole(seen, kind, f"{name} {said}", total + times * part, count + times * len(own), own, times)
+    yield (
+        "replaced",
+        lambda i: f"physical block {i} was read in the place of {name}",
+        total - part + by_block[:, offsets].sum(axis=1),
+        np.full(len(by_block), count),
+        lambda i: (*seen.changes(own, -1), *seen.changes(i * size + offsets, 1)),
+    )
+
+
+def _whole(seen: Row, kind: str, words: str, total: Floats, count: int, slots: Integers, times: int) -> Hypothesis:
+    """One explanation alone: all of these slots."""
+    return kind, lambda i: words, total[None], np.array([count]), lambda i: seen.changes(slots, times)
 
 
 def _swaps(seen: Row, visible: Integers, total: Floats, count: int, target: Floats) -> Hypotheses:

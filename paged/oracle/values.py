@@ -37,6 +37,9 @@ QUERY, KEY, VALUE, K_SCALE, V_SCALE, PLACE, TARGET, CODE_KEY, CODE_VALUE = range
 # Where the fields of a counter begin: heads are below 2^10, dims below 2^14, tokens below 2^40.
 HEAD_LIMIT, DIM_LIMIT, TOKEN_LIMIT = 1 << 10, 1 << 14, 1 << 40
 
+# Which bit of a token's number flips the sign of its code, by dim modulo 4.
+CANCELLING_BITS = (0, 3, 6, 20)
+
 # f, for each dtype a value may be stored in: 2^(f + 1) - 2 is the largest sum and needs f + 1 bits.
 FIELD_BITS = {
     "float64": 14,
@@ -143,27 +146,29 @@ def random_signs(seed: int, tensor: int, tokens: Integers, num_heads: int, num_d
 
 
 def cancelling_signs(seed: int, tensor: int, tokens: Integers, num_heads: int, num_dims: int) -> Integers:
-    """Codes of +1 and -1 whose sums stay small: neighbours cancel, at distance 1, 2, 4 or 8 by dim.
+    """Codes of +1 and -1 whose sums stay small: tokens cancel those 1, 8 or 64 further on, by dim.
 
-        code(token, d) = sign(token without bit b, d) * (-1)^(bit b of token)        b = d mod 4
+        code(token, d) = sign(token without bit b, d) * (-1)^(bit b of token)        b = 0, 3, 6, 20 for d mod 4
 
-    Any run of tokens sums to at most 2^(b + 1) in size, so their mean is nearly 0, where floating point is fine: one
-    token too many among thousands shows, in bfloat16. The last dim is 1 for every token: its mean is the sum of all
+    A run of tokens sums to at most 2^b, and to 2^(b / 2) as a rule, so their mean is nearly 0, where floating point is
+    fine: one token too many among thousands shows, in bfloat16. Larger b are there so that whole blocks do not cancel:
+    else one block in another's place would not show. The last dim is 1 for every token: its mean is the sum of all
     weights, and a kernel that loses the last dim cannot hide behind a sum that is 0.
 
     Returns:
         [..., H, D] int64.
 
-    Example: the sums of a hundred tokens.
-        >>> int(np.abs(cancelling_signs(0, CODE_VALUE, np.arange(100), 1, 9).sum(axis=0))[0, :8].max()) <= 16
-        True
+    Example: the sums of a hundred tokens; every fourth dim is hardly above 1.
+        >>> sums = np.abs(cancelling_signs(0, CODE_VALUE, np.arange(101), 1, 65).sum(axis=0))[0]
+        >>> int(sums[:64:4].max()), int(sums[1:64:4].max()) <= 8, int(sums[64])
+        (1, True, 101)
     """
     tokens = np.asarray(tokens, dtype=np.int64)
     code = np.ones((*tokens.shape, num_heads, num_dims), dtype=np.int64)
-    for bit in range(4):
+    for first, bit in enumerate(CANCELLING_BITS):
         without = tokens & ~(1 << bit)
         signs = random_signs(seed, tensor, without, num_heads, num_dims)
         flip = 1 - 2 * ((tokens >> bit) & 1)
-        dims = slice(bit, num_dims - 1, 4)
+        dims = slice(first, num_dims - 1, len(CANCELLING_BITS))
         code[..., dims] = signs[..., dims] * flip[..., None, None]
     return code

@@ -1,0 +1,225 @@
+"""Directed cases: what bugs have been found by, again and again, for every kernel and in the order of how simple it is.
+
+Lengths around the borders of blocks, tables in every order, every feature at values where it matters, poison, long
+contexts. Shapes and dtypes take turns over these, so that each that is declared is met. Which thread asked for what is
+in the mutants of paged/oracle/mutants/, one for each kind of bug.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+from paged.oracle.case import Case
+from paged.oracle.declarations import Capabilities, Conventions
+
+Sequences = tuple[tuple[int, int], ...]
+
+# How long a context is in which one wrong token is to be found.
+LONG = 8192
+# A block number that 16 bits do not hold.
+WIDE = 65_535
+
+
+@dataclass
+class Turns:
+    """Shapes and dtypes that take turns.
+
+    Attributes:
+        capabilities: whose choices they are.
+        conventions: whether NaN may lie in unused slots.
+        seed: of the first case; every case has the next one.
+    """
+
+    capabilities: Capabilities
+    conventions: Conventions
+    seed: int = 0
+    _turns: dict[str, Iterator[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        can = self.capabilities
+        scaled = [dtype for dtype in can.kv_dtypes if dtype in ("float8_e4m3fn", "float8_e5m2", "int8")]
+        self._turns = {
+            "dtype": cycle(can.dtypes),
+            "kv_dtype": cycle(can.kv_dtypes),
+            "scaled": cycle(scaled or can.kv_dtypes),
+            "head_dim": cycle(can.head_dims),
+            "query_group": cycle(can.query_groups),
+            "block_size": cycle(can.block_sizes),
+            "table_dtype": cycle(can.table_dtypes),
+            "num_kv_heads": cycle((2, 1, 3)),
+            "order": cycle(("shuffled", "reversed", "interleaved", "shuffled", "identity")),
+        }
+
+    def next_block_size(self) -> int:
+        """P of the next case, which its lengths follow."""
+        return int(next(self._turns["block_size"]))
+
+    def case(self, block_size: int, sequences: Iterable[tuple[int, int]], **fixed: Any) -> Case:
+        """The next case: what is not fixed takes its turn."""
+        can = self.capabilities
+        self.seed += 1
+        chosen = {
+            name: next(self._turns[name])
+            for name in ("dtype", "query_group", "table_dtype", "num_kv_heads", "order", "head_dim")
+        }
+        kv_dtype = next(self._turns["scaled" if fixed.get("kv_scales") else "kv_dtype"])
+        kv_dtype = chosen["dtype"] if kv_dtype == "auto" else kv_dtype
+        if kv_dtype == "int8":
+            fixed.setdefault("kv_scales", can.kv_scales)
+        if can.decode_only:
+            sequences = [(min(query_len, 1), seq_len) for query_len, seq_len in sequences]
+        if fixed.get("poison") == "nan" and self.conventions.unused_slots == "masked":
+            fixed["poison"] = "huge"
+        chosen |= {"value_dim": can.value_dim_for(fixed.get("head_dim", chosen["head_dim"])), "kv_dtype": kv_dtype}
+        return Case(sequences=tuple(sequences), block_size=block_size, seed=self.seed, **chosen | fixed)
+
+
+def directed(turns: Turns, rounds: int) -> Iterator[Case]:
+    """All directed cases, simplest first.
+
+    Args:
+        turns: what takes turns.
+        rounds: how often; each time shapes and dtypes meet other cases.
+    """
+    for _ in range(rounds):
+        yield from _lengths(turns)
+        yield from _tables(turns)
+        yield from _windows(turns)
+        yield from _features(turns)
+        yield from _ranges(turns)
+        yield from _declared(turns)
+        yield from _long(turns)
+
+
+def decodes(block_size: int) -> Sequences:
+    """A decode at every length around a border of a block.
+
+    Example:
+        >>> decodes(16)
+        ((1, 1), (1, 15), (1, 16), (1, 17), (1, 32), (1, 33), (1, 83))
+    """
+    p = block_size
+    lengths = dict.fromkeys(max(1, n) for n in (1, p - 1, p, p + 1, 2 * p, 2 * p + 1, 5 * p + 3))
+    return tuple((1, n) for n in lengths)
+
+
+def mixed(block_size: int) -> Sequences:
+    """Decodes, chunks behind a context and whole prompts in one batch."""
+    p = block_size
+    return ((1, 2 * p + 1), (min(p, 16) + 3, 2 * p + 5), (min(p + 1, 40),) * 2, (1, 1), (2, 3 * p))
+
+
+def _lengths(turns: Turns) -> Iterator[Case]:
+    for recipe, poison in (
+        ("uniform", "none"),
+        ("needle", "nan"),
+        ("random", "nan"),
+        ("random", "huge"),
+        ("pair", "huge"),
+        ("staircase", "nan"),
+    ):
+        for shape in (decodes, mixed):
+            p = turns.next_block_size()
+            yield turns.case(p, shape(p), recipe=recipe, poison=poison)
+    for _ in turns.capabilities.block_sizes:
+        p = turns.next_block_size()
+        yield turns.case(p, [(1, 2 * p)], recipe="uniform")
+        yield turns.case(p, [(p // 2 + 2, 2 * p + 1)], recipe="uniform")
+
+
+def _tables(turns: Turns) -> Iterator[Case]:
+    for order in ("identity", "reversed", "shuffled", "interleaved"):
+        p = turns.next_block_size()
+        yield turns.case(p, [(1, 4 * p - 1), (1, 3 * p), (3, 2 * p + 1)], recipe="uniform", order=order)
+    for recipe in ("uniform", "random"):
+        p = turns.next_block_size()
+        rows = [(1, 3 * p + 1), (2, 4 * p - 1), (1, 2 * p + 2), (1, p - 1 or 1)]
+        yield turns.case(p, rows, recipe=recipe, shared_blocks=2)
+        yield turns.case(p, rows[::-1], recipe=recipe, extra_columns=3, poison="nan")
+        narrow = {"num_kv_heads": 1, "query_group": min(turns.capabilities.query_groups)}
+        yield turns.case(p, [(1, 2 * p + 1), (1, p)], recipe=recipe, first_block=WIDE, **narrow)
+    # Two of everything: sizes that can be taken for one another.
+    p = min(turns.capabilities.block_sizes)
+    yield turns.case(p, [(1, p + 1), (1, p)], recipe="needle", num_kv_heads=2, order="identity")
+
+
+def _windows(turns: Turns) -> Iterator[Case]:
+    if not turns.capabilities.window:
+        return
+    for size in ("1", "2", "p - 1", "p", "p + 1", "n - 1", "n", "n + 1", "2p"):
+        p = turns.next_block_size()
+        n = 2 * p + 3
+        window = {"1": 1, "2": 2, "p - 1": p - 1, "p": p, "p + 1": p + 1, "n - 1": n - 1, "n": n, "n + 1": n + 1}
+        wide = max(1, window.get(size, 2 * p))
+        rows = [(1, n), (5, 4 * p), (1, 1), (min(p, 16) + 2, 3 * p + 1)]
+        yield turns.case(p, rows, recipe="uniform", window=wide)
+        yield turns.case(p, rows, recipe="random", window=wide, poison="huge")
+    p = turns.next_block_size()
+    yield turns.case(p, [(1, 4 * p + 1), (3, 3 * p)], recipe="needle", window=p + 2, poison="huge")
+    yield turns.case(p, [(1, 40 * p + 1)], recipe="random", window=p + 1, poison="huge")
+
+
+def _features(turns: Turns) -> Iterator[Case]:
+    can = turns.capabilities
+    windows = (None, 9) if can.window else (None,)
+    for window in windows:
+        p = turns.next_block_size()
+        rows = [(1, 2 * p + 3), (4, 3 * p - 1), (1, 5 * p)]
+        if can.softcap:
+            for recipe, cap in (("random", 0.5), ("random", 2.0), ("large", 30.0), ("negative", 2.0), ("large", 50.0)):
+                yield turns.case(p, rows, recipe=recipe, softcap=cap, window=window, poison="huge")
+        if can.alibi:
+            for recipe in ("random", "staircase"):
+                yield turns.case(p, rows, recipe=recipe, alibi=True, window=window, num_kv_heads=2)
+        if can.sinks:
+            for recipe in ("uniform", "random", "staircase", "needle"):
+                yield turns.case(p, rows, recipe=recipe, sinks=True, window=window, num_kv_heads=2)
+            yield turns.case(p, [(1, 33 * p + 1)], recipe="random", sinks=True, window=window)
+        if can.kv_scales is not None:
+            for recipe in ("uniform", "needle", "random", "staircase"):
+                more = {"kv_scales": can.kv_scales, "num_kv_heads": 2, "window": window}
+                yield turns.case(p, rows, recipe=recipe, poison="nan", **more)
+        together: dict[str, Any] = {"softcap": 4.0 if can.softcap else None, "alibi": can.alibi, "sinks": can.sinks}
+        yield turns.case(p, rows, recipe="random", kv_scales=can.kv_scales, window=window, **together)
+
+
+def _ranges(turns: Turns) -> Iterator[Case]:
+    for recipe in ("large", "negative"):
+        for shape in (decodes, mixed):
+            p = turns.next_block_size()
+            yield turns.case(p, shape(p), recipe=recipe)
+    p = turns.next_block_size()
+    yield turns.case(p, [(1, 9 * p + 1), (1, 2)], recipe="large", poison="huge")
+
+
+def _declared(turns: Turns) -> Iterator[Case]:
+    can = turns.capabilities
+    p = turns.next_block_size()
+    if can.empty_rows:
+        for recipe in ("uniform", "random"):
+            late = (2, 0) if can.decode_only else (3, 1)  # queries that see no key, before one that does
+            yield turns.case(p, [(1, p + 1), (1, 0), (1, 5)], recipe=recipe, poison="nan")
+            yield turns.case(p, [(0, p), late, (1, p), (0, 0)], recipe=recipe, sinks=can.sinks)
+    if can.negative_padding:
+        yield turns.case(p, [(1, 3 * p), (1, p + 1), (1, 1)], recipe="uniform", padding="negative", extra_columns=2)
+        yield turns.case(p, [(1, p), (2, 2 * p + 1)], recipe="random", padding="negative", poison="nan")
+    if can.repeated_blocks:
+        yield turns.case(p, [(1, 4 * p + 2), (1, 3 * p)], recipe="uniform", repeat=2)
+        yield turns.case(p, [(1, 4 * p + 2), (2, 3 * p)], recipe="random", repeat=2)
+    if can.strided_caches:
+        equal = can.value_dims is None
+        for strides in ("padded", "interleaved") if equal else ("padded",):
+            for recipe in ("uniform", "random"):
+                yield turns.case(p, [(1, 3 * p), (2, 2 * p + 1), (1, p - 1 or 1)], recipe=recipe, strides=strides)
+        narrow = {"num_kv_heads": 1, "query_group": min(can.query_groups)}
+        yield turns.case(p, [(1, 2 * p + 1)], recipe="uniform", strides="far", order="identity", **narrow)
+    yield turns.case(p, [(1, 7)], recipe="random", query_group=max(can.query_groups), num_kv_heads=1)
+
+
+def _long(turns: Turns) -> Iterator[Case]:
+    group = min(turns.capabilities.query_groups)
+    for recipe, n in (("uniform", LONG), ("needle", LONG), ("random", LONG // 4 + 1), ("random", LONG)):
+        p = turns.next_block_size()
+        heads = {"num_kv_heads": 1, "query_group": group}
+        yield turns.case(p, [(1, n), (1, n // 3)] if recipe == "uniform" else [(1, n)], recipe=recipe, **heads)

@@ -1,0 +1,123 @@
+"""Drawn cases: combinations that nobody thought of, by Hypothesis.
+
+What is drawn are the fields of a `Case`, small integers and names: never a tensor's numbers, which shrink badly and
+drift to the edge of what is allowed. The same seed and budget give the same cases.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+    from hypothesis import seed as seeded
+    from hypothesis import strategies as st
+except ImportError as error:
+    raise ImportError("the oracle draws its cases with Hypothesis: pip install 'paged[oracle]'") from error
+
+from paged.oracle.case import EXACT, Case
+from paged.oracle.declarations import Capabilities, Conventions
+
+
+class Stop(Exception):
+    """Raised by a test to end the search."""
+
+
+@st.composite
+def cases(draw: st.DrawFn, capabilities: Capabilities, conventions: Conventions) -> Case:
+    """A case that a kernel with these capabilities must be able to compute; simple ones are small.
+
+    Args:
+        draw: Hypothesis' own.
+        capabilities: what may be asked for.
+        conventions: whether NaN may lie in unused slots.
+    """
+    can = capabilities
+
+    def one_of(choices: Any) -> Any:
+        return draw(st.sampled_from(list(choices)))
+
+    block_size, head_dim, dtype = one_of(can.block_sizes), one_of(can.head_dims), one_of(can.dtypes)
+    kv_dtype = one_of(can.kv_dtypes)
+    kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
+    scaled = can.kv_scales if can.kv_scales and (kv_dtype == "int8" or draw(st.booleans())) else None
+    lengths = st.integers(0 if can.empty_rows else 1, 4) | st.integers(1, 6 * block_size)
+    sequences = []
+    for _ in range(draw(st.integers(1, 4))):
+        seq_len = draw(lengths)
+        most = 1 if can.decode_only else min(seq_len, 20)
+        sequences.append((draw(st.integers(0 if can.empty_rows else 1, max(1, most))) if seq_len else 1, seq_len))
+    recipe = one_of(("random", "uniform", "needle", "pair", "staircase", "large", "negative"))
+    sinks = can.sinks and recipe not in ("large", "negative") and draw(st.booleans())
+    alibi = can.alibi and recipe in ("random", "staircase") and draw(st.booleans())
+    softcap = one_of((None, 0.5, 2.0, 30.0)) if can.softcap and recipe not in EXACT else None
+    strides = ("dense", "padded", "interleaved") if can.strided_caches and can.value_dims is None else ("dense",)
+    poison = "none" if recipe == "uniform" else one_of(("none", "nan", "huge"))
+    if conventions.unused_slots == "masked" and poison == "nan":
+        poison = "huge"
+    return Case(
+        sequences=tuple(sequences),
+        num_kv_heads=draw(st.integers(1, 3)),
+        query_group=one_of(can.query_groups),
+        head_dim=head_dim,
+        value_dim=can.value_dim_for(head_dim),
+        block_size=block_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        table_dtype=one_of(can.table_dtypes),
+        recipe=recipe,
+        seed=draw(st.integers(0, 1 << 16)),
+        window=draw(st.none() | st.integers(1, 3 * block_size)) if can.window else None,
+        softcap=softcap,
+        alibi=alibi,
+        sinks=sinks,
+        kv_scales=scaled,
+        order=one_of(("identity", "reversed", "shuffled", "interleaved")),
+        shared_blocks=draw(st.integers(0, 2)),
+        repeat=draw(st.none() | st.integers(1, 3)) if can.repeated_blocks else None,
+        extra_columns=draw(st.integers(0, 2)),
+        padding=one_of(("null", "negative")) if can.negative_padding else "null",
+        strides=one_of(strides),
+        poison=poison,
+    )
+
+
+def search(
+    capabilities: Capabilities, conventions: Conventions, count: int, seed: int, fails: Callable[[Case], bool]
+) -> Case | None:
+    """Draw cases until one fails, and let Hypothesis make it smaller.
+
+    Args:
+        capabilities, conventions: of the kernel.
+        count: how many cases are drawn at most.
+        seed: of the draw.
+        fails: tries a case; may raise `Stop` to end the search.
+
+    Returns:
+        The smallest case found that fails, or None.
+    """
+    smallest: list[Case] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=Verbosity.quiet,
+    )
+    @given(cases(capabilities, conventions))
+    def attempt(case: Case) -> None:
+        if fails(case):
+            smallest[:] = [case]
+            raise AssertionError
+
+    try:
+        attempt()
+    except AssertionError:
+        return smallest[0]
+    except Stop:
+        return None
+    return None
