@@ -215,3 +215,17 @@ def _by_token(inputs: Inputs, scale: Tensor | float) -> list[Tensor]:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return bool(torch.isclose(one, other, rtol=1e-9, atol=0.0, equal_nan=True).all())
+
+
+def without(inputs: Inputs, feature: str) -> Problem | None:
+    """What would be right if a feature were switched off: window, softcap, alibi, sinks or kv_scales.
+
+    Returns:
+        The problem without it, or None where the case does not have it.
+    """
+    problem = inputs.problem
+    name = {"alibi": "slopes"}.get(feature, feature)
+    if name == "kv_scales":
+        ignored = (other for other in _heads_and_scales(inputs) if other.fault == "k_scale and v_scale are ignored")
+        return next((other.problem for other in ignored), None)
+    return None if getattr(problem, name) is None else problem.replace(**{name: None})
