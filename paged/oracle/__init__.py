@@ -1,1 +1,30 @@
-"""The oracle: hand it any paged attention kernel; it says that it is right, or names the token it got wrong."""
+"""The oracle: hand it any paged attention kernel; it says that it is right, or names the token it got wrong.
+
+    from paged.oracle import Capabilities, verify
+
+    report = verify(my_kernel, capabilities=Capabilities(dtypes=("bfloat16",), window=True, lse="e"))
+    print(report)
+
+A kernel is called on cases whose right answer is known in float64, with a bound for every element that follows from
+where the kernel says it rounds. To be read in this order: declarations, case, values, recipes, inputs, expected, judge,
+syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, verify.
+"""
+
+from paged.oracle.adapters import Adapter
+from paged.oracle.case import Case
+from paged.oracle.declarations import Capabilities, Conventions, Profile
+from paged.oracle.report import Failure, Report
+from paged.oracle.verify import check, replay, verify
+
+__all__ = [
+    "Adapter",
+    "Capabilities",
+    "Case",
+    "Conventions",
+    "Failure",
+    "Profile",
+    "Report",
+    "check",
+    "replay",
+    "verify",
+]

@@ -1,0 +1,268 @@
+"""From a failing case to a fault with a name: what is wrong, where, with which token, and what still works.
+
+Four questions are asked of the kernel, each by calling it again: which poisoned region must be clean for it to be
+right; what it adds up in a uniform probe of the same geometry; which other attention explains what it returned; and
+which neighbouring cases it gets right.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from paged.oracle.calls import Mishap, Result
+from paged.oracle.case import EXACT, Case
+from paged.oracle.explain import Alternative, explain
+from paged.oracle.inputs import MUST_MASK, MUST_NOT_READ
+from paged.oracle.judge import EVIDENCE, LSE, NAN, Finding
+from paged.oracle.picture import picture
+from paged.oracle.report import Failure
+from paged.oracle.syndrome import Syndrome, decode, row_of, sequence_of
+from paged.oracle.trial import Outcome, Trial
+
+MISHAPS = {
+    "raises": "raises an exception",
+    "hangs": "hangs",
+    "returns": "returns something else",
+    "shape": "returns the wrong shape",
+    "dtype": "returns the wrong dtype",
+    "device": "returns on the wrong device",
+    "writes": "writes into its inputs",
+    "import": "cannot be imported",
+}
+# What a passing neighbour says about the fault, where nothing else explains it: the field that was made plain.
+PLAIN = {
+    "strides": ("dense", "wrong for caches whose blocks do not lie one behind another", "E"),
+    "first_block": (1, "wrong for large block numbers", "B"),
+    "repeat": (None, "wrong where a block occurs twice in a table", "D"),
+    "padding": ("null", "wrong where padding entries of a table are -1", "D"),
+    "extra_columns": (0, "wrong where a table is wider than its longest sequence needs", "D"),
+    "table_dtype": ("int32", "wrong for tables of int64", "B"),
+    "order": ("identity", "wrong where blocks do not lie in order", "D"),
+    "shared_blocks": (0, "wrong where sequences share blocks", "D"),
+    "kv_scales": (None, "wrong with scales of keys and values", "O"),
+    "window": (None, "wrong with a window", "G"),
+    "softcap": (None, "wrong with a softcap", "H"),
+    "alibi": (False, "wrong with ALiBi", "J"),
+    "sinks": (False, "wrong with sinks", "I"),
+}
+KINDS = {
+    "missing": ("tokens are not counted", "C"),
+    "extra": ("tokens are counted that should not be", "C"),
+    "twice": ("tokens are counted twice", "K"),
+    "replaced": ("other tokens are read", "D"),
+    "denominator": ("the weights are divided by the wrong sum", "K"),
+    "head": ("another head's values are read", "M"),
+    "zeros": ("rows are 0", "K"),
+}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A fault's name, its class, and what would have to be declared if it is a convention."""
+
+    fault: str
+    letter: str
+    declare: str | None = None
+
+
+def mishap_failure(mishap: Mishap, case: Case | None = None, original: str = "") -> Failure:
+    """The failure of a kernel that gave nothing to judge."""
+    return Failure(
+        fault=MISHAPS[mishap.kind],
+        letter="-",
+        evidence="exact",
+        case=None if case is None else case.to_json(),
+        description="" if case is None else case.describe(),
+        original=original,
+        details=(("what happened", mishap.message),),
+    )
+
+
+def diagnose(trial: Trial, outcome: Outcome, original: str = "") -> Failure:
+    """Find out what is wrong in a case that fails.
+
+    Args:
+        trial: of the kernel, which is called some twenty times more.
+        outcome: of the case, as small as it could be made.
+        original: about the case it was made from.
+    """
+    if isinstance(outcome.result, Mishap):
+        return mishap_failure(outcome.result, outcome.case, original)
+    assert outcome.judgement is not None, "a result was judged"
+    finding = outcome.judgement.findings[0]
+    leak = _leak(trial, outcome)
+    probe, syndrome = _probe(trial, outcome)
+    other = explain(outcome.inputs, outcome.result, trial.profile, trial.conventions)
+    passes, fails = _neighbours(trial, outcome)
+    name = _name(outcome, finding, leak, syndrome, other, passes)
+    details = [("where", _where(outcome, finding)), *_numbers(finding)]
+    if syndrome is not None:
+        among = f" (or one of {syndrome.others} other tokens with this code)" if syndrome.others else ""
+        where = "" if probe is None or probe.case == outcome.case else " (uniform probe of the same geometry)"
+        details.append(("cause", f"{syndrome.words}{among}{where}"))
+    elif other is not None:
+        details.append(("cause", f"every element of the result is as if {other.fault}"))
+    if leak is not None:
+        details.append(("leak", f"right as soon as the {leak} slots hold ordinary numbers"))
+    details.append(("also", _also(outcome, finding)))
+    if probe is not None and probe.ok and outcome.case.recipe != "uniform":
+        details.append(
+            ("", "the uniform probe of the same geometry passes: each token is counted once, weights are off")
+        )
+    details.append(("passes with", "; ".join(passes[:4]) or "none of the neighbouring cases"))
+    if fails:
+        details.append(("fails with", "; ".join(fails[:4])))
+    return Failure(
+        fault=name.fault,
+        letter=name.letter,
+        evidence=EVIDENCE[finding.check] if syndrome is None else "exact, by syndrome",
+        case=outcome.case.to_json(),
+        description=outcome.case.describe(),
+        original=original,
+        details=tuple(details),
+        picture=_picture(outcome if probe is None or syndrome is None else probe, finding, syndrome),
+        declare=name.declare,
+    )
+
+
+def _leak(trial: Trial, outcome: Outcome) -> str | None:
+    """The region whose poison reached the output: the first without which the case passes."""
+    case = outcome.case
+    if case.poison == "none":
+        return None
+    regions = MUST_NOT_READ if case.poison == "nan" else MUST_MASK
+    for region in regions:
+        if trial(case, poisoned=tuple(r for r in regions if r != region)).ok:
+            return region
+    return "tail, free and hidden" if trial(case.replace(poison="none")).ok else None
+
+
+def _probe(trial: Trial, outcome: Outcome) -> tuple[Outcome | None, Syndrome | None]:
+    """What the kernel adds up when all weights are equal."""
+    case = outcome.case
+    uniform = case.replace(recipe="uniform", poison="none", softcap=None, alibi=False, scale=None)
+    if uniform == case:
+        probe = outcome
+    elif trial.affords(uniform):
+        probe = trial(uniform)
+    else:
+        return None, None
+    if probe.judgement is None or not isinstance(probe.result, Result):
+        return None, None
+    wrong = [finding for finding in probe.judgement.findings if finding.check != LSE]
+    if not wrong or len(probe.inputs.tokens) * case.block_size * case.value_dim > 1 << 24:
+        return probe, None
+    row, head = wrong[0].row, wrong[0].head
+    roundoffs = trial.profile.roundoffs(case.dtype)
+    return probe, decode(probe.inputs, row, head, probe.result.out[row, head], roundoffs.out + roundoffs.weights)
+
+
+def _name(
+    outcome: Outcome,
+    finding: Finding,
+    leak: str | None,
+    syndrome: Syndrome | None,
+    other: Alternative | None,
+    passes: list[str],
+) -> Name:
+    """The most telling of what is known: a leak, another attention, what is odd about the case, a token."""
+    if leak is not None:
+        verb = "reads" if outcome.case.poison == "nan" else "does not mask"
+        return Name(f"{verb} {leak} slots", "A")
+    if other is not None:
+        return Name(other.fault, other.letter, other.declare)
+    for field, (plain, words, letter) in PLAIN.items():
+        if getattr(outcome.case, field) != plain and f"{field} {plain}" in passes:
+            return Name(words, letter)
+    if syndrome is not None:
+        return Name(*KINDS[syndrome.kind])
+    if finding.check == NAN:
+        return Name("returns NaN or infinities", "L")
+    if finding.check == LSE:
+        return Name("the log-sum-exp is wrong, the output is right", "K")
+    if outcome.case.recipe in ("large", "negative"):
+        return Name("wrong where scores are large", "L")
+    return Name("wrong numbers", "-")
+
+
+def _neighbours(trial: Trial, outcome: Outcome) -> tuple[list[str], list[str]]:
+    """Which cases next to this one pass, and which fail as well."""
+    passes: list[str] = []
+    fails: list[str] = []
+    for words, case in _next_to(outcome.case, trial):
+        if trial.affords(case):
+            (passes if trial(case).ok else fails).append(words)
+    return passes, fails
+
+
+def _next_to(case: Case, trial: Trial) -> Iterator[tuple[str, Case]]:
+    can = trial.capabilities
+    for field, (plain, _, _) in PLAIN.items():
+        if getattr(case, field) != plain and not (field == "kv_scales" and case.kv_dtype == "int8"):
+            yield f"{field} {plain}", case.replace(**{field: plain})
+    if case.window is not None:
+        for window in (case.window - 1, case.window + 1):
+            if window > 0:
+                yield f"window {window}", case.replace(window=window)
+    query_len, seq_len = case.sequences[0]
+    for length in dict.fromkeys((seq_len - 1, seq_len + 1, -(-seq_len // case.block_size) * case.block_size)):
+        if length >= max(1, query_len) and length != seq_len:
+            yield f"seq_len {length}", case.replace(sequences=((query_len, length), *case.sequences[1:]))
+    if query_len > 1:
+        yield "query_len 1", case.replace(sequences=((1, seq_len), *case.sequences[1:]))
+    elif query_len == 1 < seq_len and not can.decode_only:
+        yield "query_len 2", case.replace(sequences=((2, seq_len), *case.sequences[1:]))
+    for field, choices in (
+        ("block_size", can.block_sizes),
+        ("head_dim", can.head_dims),
+        ("query_group", can.query_groups),
+        ("num_kv_heads", (1, 2)),
+    ):
+        for choice in [choice for choice in choices if choice != getattr(case, field)][:2]:
+            more = {"value_dim": can.value_dim_for(choice)} if field == "head_dim" else {}
+            yield f"{field} {choice}", case.replace(**{field: choice}, **more)
+    if case.recipe not in EXACT and not (case.alibi or case.softcap):
+        yield "recipe needle", case.replace(recipe="needle", scale=None)
+
+
+def _where(outcome: Outcome, finding: Finding) -> str:
+    """Logical coordinates of the worst element."""
+    sequence, index = sequence_of(outcome.inputs, finding.row)
+    position = outcome.inputs.problem.first_positions[sequence] + index
+    dim = "" if finding.dim is None else f", dim {finding.dim}"
+    what = "log-sum-exp of " if finding.check == LSE else ""
+    return f"{what}sequence {sequence}, query row {index} (position {position}), head {finding.head}{dim}"
+
+
+def _numbers(finding: Finding) -> list[tuple[str, str]]:
+    if finding.check == NAN:
+        return [("expected", f"{finding.expected:+.7g}   got {finding.got:+.7g}")]
+    if finding.dim is None and finding.check != LSE:
+        return [
+            ("expected", f"errors of at most {finding.allowed:.2f} times their deviation   got {finding.error:.2f}")
+        ]
+    times = f"= {finding.error / finding.allowed:.1f} x allowed {finding.allowed:.1e} ({finding.check})"
+    return [("expected", f"{finding.expected:+.7g}   got {finding.got:+.7g}   error {finding.error:.1e} {times}")]
+
+
+def _also(outcome: Outcome, finding: Finding) -> str:
+    """How many rows and heads, and what the other checks say."""
+    assert outcome.judgement is not None, "a result was judged"
+    case = outcome.case
+    words = [f"{finding.heads}/{case.num_heads} heads of this row", f"{finding.rows}/{case.num_queries} rows"]
+    others = [other for other in outcome.judgement.findings if other.check != finding.check]
+    words += [f"{other.check} {other.error / other.allowed:.1f} x allowed" for other in others if other.allowed]
+    has_lse = isinstance(outcome.result, Result) and outcome.result.lse is not None
+    if has_lse and not any(other.check in (LSE, NAN) for other in outcome.judgement.findings):
+        words.append("the log-sum-exp is right, so keys are; look at the values")
+    return "; ".join(words)
+
+
+def _picture(outcome: Outcome, finding: Finding, syndrome: Syndrome | None) -> tuple[str, ...]:
+    if outcome.judgement is None:
+        return ()
+    # A probe has findings of its own; its picture is of its own worst row.
+    wrong = [own for own in outcome.judgement.findings if own.check != LSE] or [finding]
+    row = row_of(outcome.inputs, wrong[0].row, wrong[0].head)
+    if row.last < row.first or len(outcome.inputs.tokens) > 1 << 14:
+        return ()
+    return picture(row, () if syndrome is None else syndrome.changes)
