@@ -77,13 +77,14 @@ def mishap_failure(mishap: Mishap, case: Case | None = None, original: str = "")
     )
 
 
-def diagnose(trial: Trial, outcome: Outcome, original: str = "") -> Failure:
+def diagnose(trial: Trial, outcome: Outcome, original: str = "", first: Outcome | None = None) -> Failure:
     """Find out what is wrong in a case that fails.
 
     Args:
         trial: of the kernel, which is called some twenty times more.
         outcome: of the case, as small as it could be made.
         original: about the case it was made from.
+        first: what came of that one. A small case has room for more explanations than a large one.
     """
     if isinstance(outcome.result, Mishap):
         return mishap_failure(outcome.result, outcome.case, original)
@@ -91,7 +92,8 @@ def diagnose(trial: Trial, outcome: Outcome, original: str = "") -> Failure:
     finding = outcome.judgement.findings[0]
     leak = _leak(trial, outcome)
     probe, syndrome = _probe(trial, outcome)
-    other = explain(outcome.inputs, outcome.result, trial.profile, trial.conventions)
+    others = _explanations(trial, outcome, first)
+    other = others[0] if others else None
     passes, fails = _neighbours(trial, outcome)
     name = _name(outcome, finding, leak, syndrome, other, passes)
     details = [("where", _where(outcome, finding)), *_numbers(finding)]
@@ -101,6 +103,8 @@ def diagnose(trial: Trial, outcome: Outcome, original: str = "") -> Failure:
         details.append(("cause", f"{syndrome.words}{among}{where}"))
     elif other is not None:
         details.append(("cause", f"every element of the result is as if {other.fault}"))
+    if other is not None and len(others) > 1:
+        details.append(("or as if", "; ".join(another.fault for another in others[1:3])))
     if leak is not None:
         details.append(("leak", f"right as soon as the {leak} slots hold ordinary numbers"))
     details.append(("also", _also(outcome, finding)))
@@ -122,6 +126,17 @@ def diagnose(trial: Trial, outcome: Outcome, original: str = "") -> Failure:
         picture=_picture(outcome if probe is None or syndrome is None else probe, finding, syndrome),
         declare=name.declare,
     )
+
+
+def _explanations(trial: Trial, outcome: Outcome, first: Outcome | None) -> list[Alternative]:
+    """Other attentions that explain the result, and that of the case it was made from, if any explains both."""
+    assert isinstance(outcome.result, Result), "there is something to explain"
+    found = explain(outcome.inputs, outcome.result, trial.profile, trial.conventions)
+    if not found or first is None or first.case == outcome.case or not isinstance(first.result, Result):
+        return found
+    there = {other.fault for other in explain(first.inputs, first.result, trial.profile, trial.conventions)}
+    # Where nothing explains the larger case, two faults may be at work. But nobody should declare what is none.
+    return [other for other in found if other.fault in there] or [other for other in found if other.declare is None]
 
 
 def _leak(trial: Trial, outcome: Outcome) -> str | None:

@@ -37,8 +37,8 @@ class Alternative:
     problem: Problem
 
 
-def explain(inputs: Inputs, result: Result, profile: Profile, conventions: Conventions) -> Alternative | None:
-    """The first alternative that explains all of a wrong result, or None.
+def explain(inputs: Inputs, result: Result, profile: Profile, conventions: Conventions) -> list[Alternative]:
+    """The alternatives that explain all of a wrong result; a small case may have several.
 
     Alternatives that this case cannot tell from what is right are passed over.
 
@@ -47,7 +47,7 @@ def explain(inputs: Inputs, result: Result, profile: Profile, conventions: Conve
         result: which failed.
         profile, conventions: as declared.
     """
-    case = inputs.case
+    case, found = inputs.case, []
     right_out, right_lse = answer(inputs.problem)
     roundoffs = profile.roundoffs(case.dtype)
     for alternative in alternatives(inputs, conventions):
@@ -60,8 +60,8 @@ def explain(inputs: Inputs, result: Result, profile: Profile, conventions: Conve
             continue
         expected = solve(alternative.problem, roundoffs, out_dtype=case.dtype, recipe=case.recipe)
         if judge(case, result, expected, conventions).ok:
-            return alternative
-    return None
+            found.append(alternative)
+    return found
 
 
 def alternatives(inputs: Inputs, conventions: Conventions) -> Iterator[Alternative]:

@@ -221,7 +221,7 @@ def _traced(trial: Trial, outcome: Outcome) -> Failure:
     original = "" if small == outcome.case else f"(made smaller in {steps} steps from {outcome.case.describe()})"
     again = trial(small)
     # A kernel that fails now and then may pass at last; then the first outcome is what there is.
-    return diagnose(trial, outcome if again.ok else again, original)
+    return diagnose(trial, outcome if again.ok else again, original, outcome)
 
 
 def _relate(trial: Trial, cases: list[Case]) -> tuple[list[Failure], list[str]]:
