@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   paged demo                          32 requests through a contiguous cache and through a paged one
   paged demo --plot memory.png        and a picture of both pools
   paged demo --json > demo.json       the same figures for a program
+  paged check my_kernel:attend        whether a kernel is right, and which token it gets wrong
 """
 
 
@@ -21,25 +22,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    from paged.demo import DemoSettings, run_demo
-
     try:
-        return run_demo(
-            DemoSettings(
-                model=options.model,
-                prompts_file=options.prompts,
-                rows=options.rows,
-                max_model_len=options.max_model_len,
-                device=options.device,
-                seed=options.seed,
-                threads=options.threads,
-                plot=options.plot,
-                as_json=options.json,
-            )
-        )
+        return {"demo": _demo, "check": _check}[options.command](options)
     except (ValueError, OSError) as error:
         print(f"paged: error: {error}", file=sys.stderr)
         return 2
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from paged.demo import DemoSettings, run_demo
+
+    return run_demo(
+        DemoSettings(
+            model=options.model,
+            prompts_file=options.prompts,
+            rows=options.rows,
+            max_model_len=options.max_model_len,
+            device=options.device,
+            seed=options.seed,
+            threads=options.threads,
+            plot=options.plot,
+            as_json=options.json,
+        )
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        import hypothesis  # noqa: F401 (drawn cases need it)
+    except ImportError:
+        raise ValueError(
+            "paged check needs hypothesis; install paged with the extra 'oracle': pip install 'paged[oracle]'"
+        ) from None
+    from paged.oracle.command import CheckSettings, run_check
+
+    return run_check(
+        CheckSettings(
+            kernel=options.kernel,
+            adapter=options.layout,
+            dtypes=tuple(options.dtype),
+            device=options.device,
+            budget=options.budget,
+            seed=options.seed,
+            max_shapes=options.max_shapes,
+            time_limit=options.time_limit,
+            declarations=options.capabilities,
+            as_json=options.json,
+            junit=options.junitxml,
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +82,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"paged {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_demo(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    check = commands.add_parser(
+        "check",
+        help="whether a paged attention kernel is right, and which token it gets wrong",
+        description="Calls a kernel on cases whose right answer is known, and says that it is right, or what is wrong. "
+        "Exit code 0: right; 1: wrong; 2: it cannot be imported, or a declaration cannot be.",
+    )
+    check.add_argument("kernel", metavar="MODULE:FUNCTION", help="looked for in the current folder first")
+    check.add_argument(
+        "--layout",
+        default="contract",
+        metavar="NAME",
+        help="an adapter, or MODULE:CLASS of your own (default: contract)",
+    )
+    check.add_argument(
+        "--dtype", nargs="+", default=[], metavar="DTYPE", help="of queries and output (default: bfloat16)"
+    )
+    check.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    check.add_argument(
+        "--capabilities", type=Path, metavar="FILE", help="JSON with capabilities, profile and conventions"
+    )
+    check.add_argument("--budget", choices=("fast", "standard", "long"), default="fast", help="default: %(default)s")
+    check.add_argument("--seed", type=int, default=0, help="of values and draw (default: 0)")
+    check.add_argument("--max-shapes", type=int, metavar="N", help="for kernels that are compiled for each shape")
+    check.add_argument(
+        "--time-limit", type=float, default=60.0, metavar="S", help="seconds for a call, ten times that for the first"
+    )
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.add_argument("--junitxml", type=Path, metavar="FILE", help="write the report as JUnit XML, too")
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     demo = commands.add_parser(
         "demo",
         help="the same requests through a contiguous KV cache and through a paged one, side by side",
@@ -69,7 +137,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--plot", type=Path, metavar="PATH", help="save the picture of both pools (.png, .svg or .pdf)")
     demo.add_argument("--json", action="store_true", help="print the figures as JSON instead of text")
-    return parser
 
 
 if __name__ == "__main__":
