@@ -49,6 +49,7 @@ def bits_of(seed: int, tensor: int, token: int, head: int, dim: int) -> int:
     head=st.integers(0, 40),
     dim=st.integers(0, 300),
 )
+@settings(deadline=None)
 def test_bits_are_those_of_the_description(seed, tensor, token, head, dim):
     found = random_bits(seed, tensor, np.array([token]), head + 1, dim + 1)[0, head, dim]
     assert int(found) == bits_of(seed, tensor, token, head, dim)
@@ -133,7 +134,7 @@ def row_by_decimals(inputs, sequence: int, token: int, position: int, head: int)
     recipe=st.sampled_from(["random", "uniform", "needle", "large"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_the_answer_is_that_of_decimal_arithmetic(
     sequences, heads, block_size, window, softcap, flags, order, recipe, seed
 ):
