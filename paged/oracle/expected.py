@@ -9,17 +9,19 @@ final scores s_j, values v_jd and outputs o_d, and unit roundoffs u of a `Profil
     |error of o_d| <= u_P max(sum_j p_j |v_jd|, sum_j p_j |v_jd - o_d|)   weights rounded before they meet V
           + 2 sum_j p_j |v_jd - o_d| eta_j                            softmax of scores that are off by eta_j
           + (8 sqrt(n) u_acc + u_split + u_k) sum_j p_j |v_jd|        sums, partials, values
-          + u_out |o_d| + the smallest number of the output's dtype
+          + (u_out + 4 u_acc (|lse| + 1)) |o_d| + the smallest number of the output's dtype
     |error of lse| <= sum_j p_j eta_j + 8 sqrt(n) u_acc + 4 u_acc (|lse| + 1)
 
 f is 1, or with a softcap its largest slope within the error of the score, 1 - tanh^2: where the cap is reached, the
-score's error is lost. With a sink 4 u_acc (|lse| + 1) |o_d| is added, for its share may be computed from the lse. The
-softmax terms are its first-order perturbation, with a factor of 2 for the rest (condition of softmax: Blanchard, Higham
-and Higham 2021); sqrt(n) rather than n for sums is the probabilistic bound (Higham and Mary 2019).
+score's error is lost; |bias_j| is taken for the farthest key, from whichever end a kernel counts. Splits and sinks are
+merged by log-sum-exps, each of which is rounded: hence 4 u_acc (|lse| + 1) |o_d|. The softmax terms are its first-order
+perturbation, with a factor of 2 for the rest (condition of softmax: Blanchard, Higham and Higham 2021); sqrt(n) rather
+than n for sums is the probabilistic bound (Higham and Mary 2019).
 
-Exact recipes need less room: a weight that is a power of two is not rounded, and sums of +1 and -1 are exact. Then
+Exact recipes need less room: a weight that is a power of two is not rounded, and sums of +1 and -1 are exact, or if
+weights are normalised before (1 / n is rounded) off by n roundings that are all alike. Then
 
-    |error of o_d| <= (u_out + u_P + 8 sqrt(n) u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
+    |error of o_d| <= (u_out + u_P + n u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
           + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
 
 For random numbers the errors of scores are independent, and the log-sum-exp's is at most 6 standard deviations of
@@ -88,7 +90,7 @@ class Expected:
         lse, lse_bound: [T, Hq].
         deviation: [T, Hq, Dv] root mean square error that random numbers should give.
         weight: [T, Hq, Dv] sum_j p_j |v_jd|, what an error is measured against.
-        concentration: [T, Hq] sum_j p_j^2, one over how many keys there are in effect.
+        concentration: [T, Hq] sum_j p_j^2 over the keys' own shares, one over how many there are in effect.
         empty: [T] rows that see no key.
     """
 
@@ -163,7 +165,7 @@ def _solve_sequence(
     spread, shaken = _centred(weights, weights * eta, value, out)
     if recipe in EXACT:
         rounded = torch.where(_dyadic(weights), 0.0, weights)
-        bound = (u.out + u.weights + 8 * math.sqrt(n) * u.acc) * out.abs()
+        bound = (u.out + u.weights + max(n, 8 * math.sqrt(n)) * u.acc) * out.abs()
         bound += u.weights * torch.einsum("hqn,nhd->qhd", rounded, value.abs())
         bound += 2 * shaken + (u.split + u.keys) * weight
         bound += 2.0**-22 * max(1.0, u.acc * 2**24) * (value.abs().amax(dim=0) if n else 0.0)
@@ -171,8 +173,7 @@ def _solve_sequence(
         bound = u.weights * torch.maximum(weight, spread) + 2 * shaken
         bound += (8 * math.sqrt(n) * u.acc + u.split + u.keys) * weight + u.out * out.abs()
     bound += SMALLEST[out_dtype]
-    if problem.sinks is not None:
-        bound += (4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)).T[..., None] * out.abs()
+    bound += (4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)).T[..., None] * out.abs()
     squares = torch.einsum("hqn,nhd->qhd", weights**2, value**2)
     turned = weights**2 * variance  # sum_j p_j^2 sigma_j^2 (v_jd - o_d)^2, multiplied out
     moved = torch.einsum("hqn,nhd->qhd", turned, value**2) - 2 * out * torch.einsum("hqn,nhd->qhd", turned, value)
@@ -186,7 +187,7 @@ def _solve_sequence(
     if recipe == "random":
         likely = 6 * (shares**2 * variance).sum(dim=2).sqrt() + (2 * math.sqrt(n) + 8 * (lse.abs() + 1)) * u.acc
         lse_bound = torch.minimum(lse_bound, likely)
-    return out, lse.T, bound, lse_bound.T, deviation, weight, (weights**2).sum(dim=2).T
+    return out, lse.T, bound, lse_bound.T, deviation, weight, (shares**2).sum(dim=2).T
 
 
 def _weights(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +217,8 @@ def _score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) ->
     terms = key.shape[2] + 4
     product = problem.scale * torch.einsum("qhd,nhd->hqn", query.abs(), key.abs())
     eta = (u.queries + u.keys + terms * u.acc) * product
-    after, slope = 4 * u.acc * (scores.abs() + _bias(problem, index).abs() + 1) + u.exp, torch.ones(())
+    farthest = 0.0 if problem.slopes is None else problem.slopes.abs()[:, None, None] * key.shape[0]
+    after, slope = 4 * u.acc * (scores.abs() + farthest + 1) + u.exp, torch.ones(())
     if problem.softcap is not None:
         plain = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
         slope = 1 - torch.tanh((plain.abs() - eta).clamp(min=0) / problem.softcap) ** 2

@@ -18,6 +18,7 @@ from paged.oracle.declarations import Capabilities, Conventions, Profile
 from paged.oracle.diagnose import diagnose, mishap_failure
 from paged.oracle.directed import Turns, directed
 from paged.oracle.drawn import search
+from paged.oracle.judge import EVIDENCE
 from paged.oracle.reduce import reduce
 from paged.oracle.relations import relations
 from paged.oracle.report import Failure, Report
@@ -50,6 +51,7 @@ def verify(
     seed: int = 0,
     max_shapes: int | None = None,
     time_limit: float = 60.0,
+    trace: bool = True,
 ) -> Report:
     """Say whether a paged attention kernel is right and, if not, what it gets wrong.
 
@@ -65,6 +67,7 @@ def verify(
         seed: of the values and the draw.
         max_shapes: at most so many different shapes are asked for, for kernels that are compiled for each; None: any.
         time_limit: seconds for a call, ten times as many for the first; a kernel that takes longer hangs.
+        trace: whether failing cases are made smaller and traced to a fault; else the first one ends it, as it is.
 
     Raises:
         ValueError: declarations that contradict one another, an unknown adapter or budget. Nothing that the kernel
@@ -85,7 +88,7 @@ def verify(
         return Report(name, 0, (mishap_failure(found),), settings=settings)
     caller = Caller(found, adapter_named(adapter), capabilities, time_limit)
     trial = Trial(caller, profile, conventions, device, max_shapes)
-    failures, skipped = _try_all(trial, BUDGETS[budget], seed)
+    failures, skipped = _try_all(trial, BUDGETS[budget], seed, trace)
     missing = skipped if failures else [*skipped, *_not_exercised(trial)]
     return Report(name, trial.num_cases, tuple(failures), tuple(missing), dict(sorted(trial.slack.items())), settings)
 
@@ -142,7 +145,7 @@ def replay(kernel: Kernel | str, case: str | Case, **declared: object) -> Report
     return check(kernel, case, **declared)  # type: ignore[arg-type]
 
 
-def _try_all(trial: Trial, budget: Budget, seed: int) -> tuple[list[Failure], list[str]]:
+def _try_all(trial: Trial, budget: Budget, seed: int, trace: bool) -> tuple[list[Failure], list[str]]:
     """Directed cases, drawn ones, relations; faults, and what was left out because of them."""
     turns = Turns(trial.capabilities, trial.conventions, seed)
     related: list[Case] = []
@@ -159,14 +162,14 @@ def _try_all(trial: Trial, budget: Budget, seed: int) -> tuple[list[Failure], li
                 related.append(case)
         else:
             failing.append(outcome)
-        if trial.caller.hung is not None:
+        if trial.caller.hung is not None or (failing and not trace):
             break
     if failing:
-        return _faults(trial, failing), ["drawn cases and relations: not tried, since directed cases fail"]
+        return _faults(trial, failing, trace), ["drawn cases and relations: not tried, since directed cases fail"]
     smallest = search(trial.capabilities, trial.conventions, budget.drawn, seed, lambda case: _fails(trial, case))
     if smallest is not None:
         outcome = trial(smallest)
-        return _faults(trial, [outcome]), ["relations: not tried, since drawn cases fail"]
+        return _faults(trial, [outcome], trace), ["relations: not tried, since drawn cases fail"]
     return _relate(trial, related[:: max(1, len(related) // budget.related)][: budget.related])
 
 
@@ -190,8 +193,10 @@ def _fails(trial: Trial, case: Case) -> bool:
     return not outcome.ok
 
 
-def _faults(trial: Trial, failing: Iterable[Outcome]) -> list[Failure]:
+def _faults(trial: Trial, failing: Iterable[Outcome], trace: bool) -> list[Failure]:
     """Different faults of the cases that fail, each traced to a small case."""
+    if not trace:
+        return [_as_it_is(outcome) for outcome in failing]
     faults: dict[str, Failure] = {}
     seen: set[tuple[object, ...]] = set()
     for outcome in failing:
@@ -207,6 +212,17 @@ def _faults(trial: Trial, failing: Iterable[Outcome]) -> list[Failure]:
         if trial.caller.hung is not None:
             break
     return list(faults.values())
+
+
+def _as_it_is(outcome: Outcome) -> Failure:
+    """A case that fails, and by which checks."""
+    case = outcome.case
+    if isinstance(outcome.result, Mishap):
+        return mishap_failure(outcome.result, case)
+    assert outcome.judgement is not None, "a result was judged"
+    checks = ", ".join(finding.check for finding in outcome.judgement.findings)
+    evidence = EVIDENCE[outcome.judgement.findings[0].check]
+    return Failure(f"fails {checks}", "-", evidence, case.to_json(), case.describe())
 
 
 def _traced(trial: Trial, outcome: Outcome) -> Failure:
