@@ -25,9 +25,10 @@ weights are normalised before (1 / n is rounded) off by n roundings that are all
           + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
 
 For random numbers the errors of scores are independent, and the log-sum-exp's is at most 6 standard deviations of
-theirs, plus (2 sqrt(n) + 8 (|lse| + 1)) u_acc. For outputs of 16 bits, `deviation` is what the error of an element
-should be on average: 0.4247 u of a number for every rounding, the root mean square when significands are spread as
-logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
+theirs, plus (2 sqrt(n) + 8 (|lse| + 1)) u_acc. Not so those of a rounded query, which all its keys share: they add up
+to RMS u_q scale |q_i| |sum_j p_j k_ji|, independent only over dims. For outputs of 16 bits, `deviation` is what the
+error of an element should be on average: 0.4247 u of a number for every rounding, the root mean square when
+significands are spread as logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
 """
 
 import math
@@ -158,7 +159,7 @@ def _solve_sequence(
     weights, lse, scores = _weights(problem, index)  # [Hq, Q, n], [Hq, Q], [Hq, Q, n]
     value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
     n = len(value)
-    eta, variance = _score_errors(problem, index, u, scores)  # [Hq, Q, n]
+    eta, variance, slope = _score_errors(problem, index, u, scores)  # [Hq, Q, n]
 
     out = torch.einsum("hqn,nhd->qhd", weights, value)
     weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
@@ -185,7 +186,11 @@ def _solve_sequence(
     shares = weights if problem.sinks is None else _weights(problem.replace(sinks=None), index)[0]
     lse_bound = (shares * eta).sum(dim=2) + sums
     if recipe == "random":
-        likely = 6 * (shares**2 * variance).sum(dim=2).sqrt() + (2 * math.sqrt(n) + 8 * (lse.abs() + 1)) * u.acc
+        # A query is rounded once for all its keys, so these errors do not average out: they meet the keys' mean.
+        mean_key = torch.einsum("hqn,nhd->qhd", shares * slope, problem.keys[index][:, problem.kv_heads])
+        common = (RMS * u.queries * problem.scale * problem.queries[index] * mean_key).square().sum(dim=2).T
+        likely = 6 * ((shares**2 * variance).sum(dim=2) + common).sqrt()
+        likely += (2 * math.sqrt(n) + 8 * (lse.abs() + 1)) * u.acc
         lse_bound = torch.minimum(lse_bound, likely)
     return out, lse.T, bound, lse_bound.T, deviation, weight, (shares**2).sum(dim=2).T
 
@@ -211,14 +216,14 @@ def _weights(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
     return weights, lse, scores.nan_to_num(neginf=0.0)
 
 
-def _score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """eta and the variance of each score's error, both [Hq, Q, n]."""
+def _score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """eta, the variance of each score's error, and the cap's slope, which is 1 without one: [Hq, Q, n] each."""
     query, key = problem.queries[index], problem.keys[index][:, problem.kv_heads]
     terms = key.shape[2] + 4
     product = problem.scale * torch.einsum("qhd,nhd->hqn", query.abs(), key.abs())
     eta = (u.queries + u.keys + terms * u.acc) * product
     farthest = 0.0 if problem.slopes is None else problem.slopes.abs()[:, None, None] * key.shape[0]
-    after, slope = 4 * u.acc * (scores.abs() + farthest + 1) + u.exp, torch.ones(())
+    after, slope = 4 * u.acc * (scores.abs() + farthest + 1) + u.exp, torch.ones((), dtype=eta.dtype)
     if problem.softcap is not None:
         plain = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
         slope = 1 - torch.tanh((plain.abs() - eta).clamp(min=0) / problem.softcap) ** 2
@@ -226,7 +231,7 @@ def _score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) ->
         after = after + 4 * u.acc * problem.softcap + u.tanh * capped.abs()
     relative = ((RMS * (u.queries + u.keys)) ** 2 + terms * u.acc**2) * problem.scale**2
     variance = relative * torch.einsum("qhd,nhd->hqn", query**2, key**2)
-    return eta * slope + after, variance * slope**2 + after**2
+    return eta * slope + after, variance * slope**2 + after**2, slope
 
 
 def _distance(problem: Problem, index: int) -> Tensor:
