@@ -166,10 +166,15 @@ def _try_all(trial: Trial, budget: Budget, seed: int, trace: bool) -> tuple[list
             break
     if failing:
         return _faults(trial, failing, trace), ["drawn cases and relations: not tried, since directed cases fail"]
-    smallest = search(trial.capabilities, trial.conventions, budget.drawn, seed, lambda case: _fails(trial, case))
+    failed: dict[Case, Outcome] = {}
+
+    def fails(case: Case) -> bool:
+        return _fails(trial, case, failed)
+
+    smallest = search(trial.capabilities, trial.conventions, budget.drawn, seed, fails)
     if smallest is not None:
-        outcome = trial(smallest)
-        return _faults(trial, [outcome], trace), ["relations: not tried, since drawn cases fail"]
+        # Not tried once more: a kernel that remembers other calls may pass this time.
+        return _faults(trial, [failed[smallest]], trace), ["relations: not tried, since drawn cases fail"]
     return _relate(trial, related[:: max(1, len(related) // budget.related)][: budget.related])
 
 
@@ -183,13 +188,15 @@ def _tried(trial: Trial, case: Case) -> Outcome | None:
         raise
 
 
-def _fails(trial: Trial, case: Case) -> bool:
-    """Try a drawn case, and note it if it passes."""
+def _fails(trial: Trial, case: Case, failed: dict[Case, Outcome]) -> bool:
+    """Try a drawn case, and note it if it passes; if it fails, its outcome is kept."""
     if trial.caller.hung is not None or not trial.affords(case):
         return False
     outcome = trial(case)
     if outcome.ok:
         trial.note(outcome)
+    else:
+        failed[case] = outcome
     return not outcome.ok
 
 
