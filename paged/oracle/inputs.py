@@ -33,8 +33,9 @@ MUST_MASK = (HIDDEN, TAIL, FREE)
 # Huge but finite, different for each region, as shares of about the largest number of the dtype that sums survive.
 HUGE = {"float64": 2.0**36, "float32": 2.0**36, "bfloat16": 2.0**36, "float16": 2.0**15, "float8_e5m2": 2.0**14}
 SHARE = {HIDDEN: 0.5, TAIL: 1.0, FREE: 0.75}
-# Blocks this far apart: three of them lie on both sides of 2^31 numbers, and of 2^32 bytes. Nothing between is touched.
-FAR = (1 << 30) + (1 << 20)
+# Blocks this far apart: of blocks 1, 2 and 3 the second begins beyond 2^31 numbers and the third beyond 2^32, so that
+# signed and unsigned 32 bits are both too few. Nothing between is touched.
+FAR = (1 << 30) + (1 << 28) + (1 << 27)
 # In a pool of very many blocks, so many of the first ones and of those below the first in use hold numbers.
 FEW = 64
 
@@ -166,7 +167,8 @@ def _lay_out(case: Case, conventions: Conventions) -> tuple[Integers, Integers, 
         logical.append(recipes.owners(case, sequence, first_tokens))
     contents = list(dict.fromkeys(int(content) for row in logical for content in row))
     place = _places(case, logical, contents)
-    num_blocks = max([case.first_block, *place.values()]) + 2  # one free block above, as others' trash block would be
+    # One free block above, as others' trash block would be; but far apart it would cost gigabytes of address space.
+    num_blocks = max([case.first_block, *place.values()]) + (1 if case.strides == "far" else 2)
     regions = np.full((num_blocks, size), REGIONS.index(FREE))
     regions[0] = REGIONS.index(NULL)
     tokens = recipes.token_of(recipes.NOBODY, np.arange(num_blocks * size).reshape(num_blocks, size))
