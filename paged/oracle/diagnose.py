@@ -5,13 +5,13 @@ right; what it adds up in a uniform probe of the same geometry; which other atte
 which neighbouring cases it gets right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from paged.oracle.calls import Mishap, Result
 from paged.oracle.case import EXACT, Case
 from paged.oracle.explain import Alternative, explain
-from paged.oracle.inputs import MUST_MASK, MUST_NOT_READ
+from paged.oracle.inputs import FEW, MUST_MASK, MUST_NOT_READ
 from paged.oracle.judge import EVIDENCE, LSE, NAN, Finding
 from paged.oracle.picture import picture
 from paged.oracle.report import Failure
@@ -77,14 +77,14 @@ def mishap_failure(mishap: Mishap, case: Case | None = None, original: str = "")
     )
 
 
-def diagnose(trial: Trial, outcome: Outcome, original: str = "", first: Outcome | None = None) -> Failure:
+def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), original: str = "") -> Failure:
     """Find out what is wrong in a case that fails.
 
     Args:
         trial: of the kernel, which is called some twenty times more.
         outcome: of the case, as small as it could be made.
+        others: other cases that failed, larger ones: what explains this one must explain them.
         original: about the case it was made from.
-        first: what came of that one. A small case has room for more explanations than a large one.
     """
     if isinstance(outcome.result, Mishap):
         return mishap_failure(outcome.result, outcome.case, original)
@@ -92,19 +92,25 @@ def diagnose(trial: Trial, outcome: Outcome, original: str = "", first: Outcome 
     finding = outcome.judgement.findings[0]
     leak = _leak(trial, outcome)
     probe, syndrome = _probe(trial, outcome)
-    others = _explanations(trial, outcome, first)
-    other = others[0] if others else None
+    # Poison that leaks is nobody's values, so no other attention explains it.
+    clean = [one for one in (*others, outcome) if one.case.poison == "none"] or [outcome]
+    calls = [(one.inputs, one.result) for one in clean if isinstance(one.result, Result)]
+    other = explain(calls, trial.profile, trial.conventions)
     passes, fails = _neighbours(trial, outcome)
-    name = _name(outcome, finding, leak, syndrome, other, passes)
+    telling = syndrome
+    if syndrome is not None and syndrome.kind == "zeros":
+        # One token alone says little: a row of zeros is what is left of many faults. A larger case may say more.
+        telling = next((read for one in others if (read := _read(one, trial)) and read.kind != "zeros"), syndrome)
+    name = _name(outcome, finding, leak, telling, other, passes)
     details = [("where", _where(outcome, finding)), *_numbers(finding)]
     if syndrome is not None:
         among = f" (or one of {syndrome.others} other tokens with this code)" if syndrome.others else ""
         where = "" if probe is None or probe.case == outcome.case else " (uniform probe of the same geometry)"
         details.append(("cause", f"{syndrome.words}{among}{where}"))
+        if telling is not None and telling is not syndrome:
+            details.append(("", f"in a larger case: {telling.words}"))
     elif other is not None:
         details.append(("cause", f"every element of the result is as if {other.fault}"))
-    if other is not None and len(others) > 1:
-        details.append(("or as if", "; ".join(another.fault for another in others[1:3])))
     if leak is not None:
         details.append(("leak", f"right as soon as the {leak} slots hold ordinary numbers"))
     details.append(("also", _also(outcome, finding)))
@@ -126,17 +132,6 @@ def diagnose(trial: Trial, outcome: Outcome, original: str = "", first: Outcome 
         picture=_picture(outcome if probe is None or syndrome is None else probe, finding, syndrome),
         declare=name.declare,
     )
-
-
-def _explanations(trial: Trial, outcome: Outcome, first: Outcome | None) -> list[Alternative]:
-    """Other attentions that explain the result, and that of the case it was made from, if any explains both."""
-    assert isinstance(outcome.result, Result), "there is something to explain"
-    found = explain(outcome.inputs, outcome.result, trial.profile, trial.conventions)
-    if not found or first is None or first.case == outcome.case or not isinstance(first.result, Result):
-        return found
-    there = {other.fault for other in explain(first.inputs, first.result, trial.profile, trial.conventions)}
-    # Where nothing explains the larger case, two faults may be at work. But nobody should declare what is none.
-    return [other for other in found if other.fault in there] or [other for other in found if other.declare is None]
 
 
 def _leak(trial: Trial, outcome: Outcome) -> str | None:
@@ -163,12 +158,20 @@ def _probe(trial: Trial, outcome: Outcome) -> tuple[Outcome | None, Syndrome | N
         return None, None
     if probe.judgement is None or not isinstance(probe.result, Result):
         return None, None
+    return probe, _read(probe, trial)
+
+
+def _read(probe: Outcome, trial: Trial) -> Syndrome | None:
+    """The syndrome of a uniform probe's worst row, or None if it is right or cannot be read."""
+    case = probe.case
+    if probe.judgement is None or not isinstance(probe.result, Result) or case.recipe != "uniform" or case.alibi:
+        return None
     wrong = [finding for finding in probe.judgement.findings if finding.check != LSE]
     if not wrong or len(probe.inputs.tokens) * case.block_size * case.value_dim > 1 << 24:
-        return probe, None
+        return None
     row, head = wrong[0].row, wrong[0].head
     roundoffs = trial.profile.roundoffs(case.dtype)
-    return probe, decode(probe.inputs, row, head, probe.result.out[row, head], roundoffs.out + roundoffs.weights)
+    return decode(probe.inputs, row, head, probe.result.out[row, head], roundoffs.out + roundoffs.weights)
 
 
 def _name(
@@ -185,6 +188,8 @@ def _name(
         return Name(f"{verb} {leak} slots", "A")
     if other is not None:
         return Name(other.fault, other.letter, other.declare)
+    if outcome.case.strides == "far" and "strides dense" in passes:
+        return Name("wrong beyond 2^31 numbers or 2^32 bytes", "B")
     for field, (plain, words, letter) in PLAIN.items():
         if getattr(outcome.case, field) != plain and f"{field} {plain}" in passes:
             return Name(words, letter)
@@ -214,6 +219,8 @@ def _next_to(case: Case, trial: Trial) -> Iterator[tuple[str, Case]]:
     for field, (plain, _, _) in PLAIN.items():
         if getattr(case, field) != plain and not (field == "kv_scales" and case.kv_dtype == "int8"):
             yield f"{field} {plain}", case.replace(**{field: plain})
+    if case.strides == "far" or case.first_block > FEW:
+        return  # any other width or length may take more memory than there is
     if case.window is not None:
         for window in (case.window - 1, case.window + 1):
             if window > 0:

@@ -6,7 +6,7 @@ declared, the report says which declaration would make it right.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,31 +37,45 @@ class Alternative:
     problem: Problem
 
 
-def explain(inputs: Inputs, result: Result, profile: Profile, conventions: Conventions) -> list[Alternative]:
-    """The alternatives that explain all of a wrong result; a small case may have several.
+Call = tuple[Inputs, Result]
 
-    Alternatives that this case cannot tell from what is right are passed over.
+
+def explain(calls: Sequence[Call], profile: Profile, conventions: Conventions) -> Alternative | None:
+    """The first alternative that explains all of some wrong results, or None.
+
+    One small case is explained by many mistakes, several by one: who counts a token too many in a decode may have
+    another window, no window, or windows that begin at blocks. What a case cannot tell from what is right, or does not
+    have, is no evidence either way.
 
     Args:
-        inputs: of the call.
-        result: which failed.
+        calls: inputs and results of calls that failed, the most telling one first.
         profile, conventions: as declared.
     """
-    case, found = inputs.case, []
+    for alternative in alternatives(calls[0][0], conventions):
+        if _explains(alternative, calls[0], profile, conventions) and all(
+            _explains(other, call, profile, conventions) is not False
+            for call in calls[1:]
+            for other in alternatives(call[0], conventions)
+            if other.fault == alternative.fault
+        ):
+            return alternative
+    return None
+
+
+def _explains(alternative: Alternative, call: Call, profile: Profile, conventions: Conventions) -> bool | None:
+    """Whether every element of a result is as an alternative has it; None where that is what is right, too."""
+    inputs, result = call
+    case = inputs.case
     right_out, right_lse = answer(inputs.problem)
-    roundoffs = profile.roundoffs(case.dtype)
-    for alternative in alternatives(inputs, conventions):
-        out, lse = answer(alternative.problem)
-        if _same(out, right_out) and (result.lse is None or _same(lse, right_lse)):
-            continue
-        # The bound is dear, so first a look from afar: nothing is explained that is off by a tenth.
-        far = (result.out.double() - out).abs().nan_to_num(posinf=0.0) > 0.1 * (1 + out.abs())
-        if far.any():
-            continue
-        expected = solve(alternative.problem, roundoffs, out_dtype=case.dtype, recipe=case.recipe)
-        if judge(case, result, expected, conventions).ok:
-            found.append(alternative)
-    return found
+    out, lse = answer(alternative.problem)
+    if _same(out, right_out) and (result.lse is None or _same(lse, right_lse)):
+        return None
+    # The bound is dear, so first a look from afar: nothing is explained that is off by a tenth.
+    far = (result.out.double() - out).abs().nan_to_num(posinf=0.0) > 0.1 * (1 + out.abs())
+    if far.any():
+        return False
+    expected = solve(alternative.problem, profile.roundoffs(case.dtype), out_dtype=case.dtype, recipe=case.recipe)
+    return judge(case, result, expected, conventions).ok
 
 
 def alternatives(inputs: Inputs, conventions: Conventions) -> Iterator[Alternative]:
@@ -70,6 +84,7 @@ def alternatives(inputs: Inputs, conventions: Conventions) -> Iterator[Alternati
     yield from _features_ignored(inputs.problem)
     yield from _masks(inputs)
     yield from _scores(inputs)
+    yield from _widths(inputs)
     yield from _heads_and_scales(inputs)
 
 
@@ -163,6 +178,22 @@ def _scores(inputs: Inputs) -> Iterator[Alternative]:
             (problem.sinks * math.log(2), "sinks are taken to base 2"),
         ):
             yield Alternative(said, "I", None, problem.replace(sinks=sinks))
+
+
+def _widths(inputs: Inputs) -> Iterator[Alternative]:
+    problem, case = inputs.problem, inputs.case
+    for width in dict.fromkeys((case.head_dim // 16 * 16, 64)):
+        if 0 < width < case.head_dim:
+            cut = torch.arange(case.head_dim) < width
+            changed = problem.replace(keys=tuple(key * cut for key in problem.keys))
+            yield Alternative(f"only the first {width} dims of queries and keys are multiplied", "N", None, changed)
+    for width in dict.fromkeys((case.value_dim // 16 * 16, 64)):
+        if width < case.value_dim:
+            cut = torch.arange(case.value_dim) < width
+            changed = problem.replace(values=tuple(value * cut for value in problem.values))
+            yield Alternative(f"dims of the output from {width} on are 0", "N", None, changed)
+    if case.head_dim == case.value_dim and case.kv_scales is None:
+        yield Alternative("values are read from the keys", "E", None, problem.replace(values=problem.keys))
 
 
 def _heads_and_scales(inputs: Inputs) -> Iterator[Alternative]:

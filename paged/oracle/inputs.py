@@ -106,7 +106,8 @@ def materialise(
     """
     conventions = conventions or Conventions()
     regions, tokens, tables = _lay_out(case, conventions)
-    filled = np.array([block for block in range(len(regions)) if block < FEW or block >= case.first_block - FEW])
+    blocks = np.arange(len(regions))
+    filled = blocks[(blocks < FEW) | (blocks >= case.first_block - FEW)]
     scales = [recipes.kv_scale(case, which, tokens[filled]) for which in (K_SCALE, V_SCALE)]
     stored = [recipes.stored_keys(case, tokens[filled]), recipes.stored_values(case, tokens[filled])]
     where = np.searchsorted(filled, np.concatenate(tables)) if tables else filled
@@ -316,8 +317,15 @@ def _far_apart(tensor: Tensor) -> Tensor:
     """The same numbers in blocks so far apart that the last ones begin beyond 2^31 numbers.
 
     Only pages that are written are ever given by the operating system, so this takes address space and hardly memory.
+
+    Raises:
+        MemoryError: the machine does not have that much.
     """
-    room = torch.empty(FAR * (len(tensor) - 1) + tensor[0].numel(), dtype=tensor.dtype, device=tensor.device)
+    size = FAR * (len(tensor) - 1) + tensor[0].numel()
+    try:
+        room = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+    except RuntimeError as error:
+        raise MemoryError(f"{size * tensor.element_size() / 2**30:.0f} GiB of address space cannot be had") from error
     view = room.as_strided(tensor.shape, (FAR, *tensor[0].contiguous().stride()))
     view.copy_(tensor)
     return view

@@ -8,7 +8,7 @@ A budget is a number of cases, not of seconds: the same kernel gets the same ver
 cases, then drawn ones, then relations between calls; who fails the first is not asked the others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from paged.oracle.adapters import Adapter, Kernel, adapter_named
@@ -37,6 +37,8 @@ class Budget:
 BUDGETS = {"fast": Budget(1, 100, 6), "standard": Budget(4, 800, 30), "long": Budget(16, 10_000, 200)}
 # So many failing cases are made smaller, in search of so many different faults.
 MOST_DIAGNOSED, MOST_FAULTS = 6, 3
+# And an explanation is held against so many cases that fail alike.
+MOST_COMPARED = 4
 
 
 def verify(
@@ -153,8 +155,9 @@ def _try_all(trial: Trial, budget: Budget, seed: int, trace: bool) -> tuple[list
     for case in directed(turns, budget.rounds):
         if not trial.affords(case):
             continue
-        outcome = _tried(trial, case)
-        if outcome is None:
+        try:
+            outcome = trial(case)
+        except MemoryError:  # blocks far apart take address space; what was left out shows as not exercised
             continue
         if outcome.ok:
             trial.note(outcome)
@@ -178,16 +181,6 @@ def _try_all(trial: Trial, budget: Budget, seed: int, trace: bool) -> tuple[list
     return _relate(trial, related[:: max(1, len(related) // budget.related)][: budget.related])
 
 
-def _tried(trial: Trial, case: Case) -> Outcome | None:
-    """A case's outcome, or None where this machine cannot make its tensors (far apart blocks take address space)."""
-    try:
-        return trial(case)
-    except (RuntimeError, MemoryError):
-        if case.strides == "far":
-            return None
-        raise
-
-
 def _fails(trial: Trial, case: Case, failed: dict[Case, Outcome]) -> bool:
     """Try a drawn case, and note it if it passes; if it fails, its outcome is kept."""
     if trial.caller.hung is not None or not trial.affords(case):
@@ -200,24 +193,22 @@ def _fails(trial: Trial, case: Case, failed: dict[Case, Outcome]) -> bool:
     return not outcome.ok
 
 
-def _faults(trial: Trial, failing: Iterable[Outcome], trace: bool) -> list[Failure]:
+def _faults(trial: Trial, failing: Sequence[Outcome], trace: bool) -> list[Failure]:
     """Different faults of the cases that fail, each traced to a small case."""
     if not trace:
         return [_as_it_is(outcome) for outcome in failing]
-    faults: dict[str, Failure] = {}
-    seen: set[tuple[object, ...]] = set()
+    # Cases that fail in the same way with the same features are one fault as a rule.
+    alike: dict[tuple[object, ...], list[Outcome]] = {}
     for outcome in failing:
         case = outcome.case
-        # Cases that fail in the same way with the same features are one fault as a rule.
         features = (case.window is None, case.softcap is None, case.alibi, case.sinks, case.kv_scales is None)
         kind = (outcome.symptom, *features, case.strides, case.padding, case.repeat)
-        if kind in seen or len(seen) == MOST_DIAGNOSED or len(faults) == MOST_FAULTS:
-            continue
-        seen.add(kind)
-        failure = _traced(trial, outcome)
-        faults.setdefault(failure.fault, failure)
-        if trial.caller.hung is not None:
-            break
+        alike.setdefault(kind, []).append(outcome)
+    faults: dict[str, Failure] = {}
+    for outcomes in list(alike.values())[:MOST_DIAGNOSED]:
+        if len(faults) < MOST_FAULTS and (trial.caller.hung is None or not faults):
+            failure = _traced(trial, outcomes)
+            faults.setdefault(failure.fault, failure)
     return list(faults.values())
 
 
@@ -232,8 +223,9 @@ def _as_it_is(outcome: Outcome) -> Failure:
     return Failure(f"fails {checks}", "-", evidence, case.to_json(), case.describe())
 
 
-def _traced(trial: Trial, outcome: Outcome) -> Failure:
-    """Make a case smaller, then find out what is wrong with it."""
+def _traced(trial: Trial, outcomes: Sequence[Outcome]) -> Failure:
+    """Make the first of some cases that fail alike smaller, then find out what is wrong with it."""
+    outcome = outcomes[0]
     if trial.caller.hung is not None and isinstance(outcome.result, Mishap):
         return mishap_failure(outcome.result, outcome.case)
 
@@ -244,7 +236,7 @@ def _traced(trial: Trial, outcome: Outcome) -> Failure:
     original = "" if small == outcome.case else f"(made smaller in {steps} steps from {outcome.case.describe()})"
     again = trial(small)
     # A kernel that fails now and then may pass at last; then the first outcome is what there is.
-    return diagnose(trial, outcome if again.ok else again, original, outcome)
+    return diagnose(trial, outcome if again.ok else again, outcomes[:MOST_COMPARED], original)
 
 
 def _relate(trial: Trial, cases: list[Case]) -> tuple[list[Failure], list[str]]:
