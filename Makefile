@@ -12,7 +12,7 @@ demo: .venv/demo
 
 # A worker for each core, each with one thread of its own.
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -ra --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" -ra --durations=10
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -ra -m slow
