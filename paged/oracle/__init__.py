@@ -15,6 +15,8 @@ from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
 from paged.oracle.report import Failure, Report
 from paged.oracle.verify import check, replay, verify
+from paged.oracle.write_case import WriteCapabilities, WriteCase
+from paged.oracle.writes import replay_write, verify_write
 
 __all__ = [
     "Adapter",
@@ -24,7 +26,11 @@ __all__ = [
     "Failure",
     "Profile",
     "Report",
+    "WriteCapabilities",
+    "WriteCase",
     "check",
     "replay",
+    "replay_write",
     "verify",
+    "verify_write",
 ]

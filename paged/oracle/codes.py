@@ -99,7 +99,7 @@ def is_nearest(
         [True, False]
     """
     index_of = np.full(256, -1)
-    numbers, known = numbers_of(dtype)
+    known = numbers_of(dtype)[1]
     index_of[known] = np.arange(len(known))
     if dtype != "int8":
         index_of[128] = index_of[0]

@@ -118,6 +118,7 @@ class WriteCase:
         scales: None, "tensor", "head" or "token".
         uneven_scales: whether they are no powers of two.
         order: of the physical blocks.
+        first_block: the lowest one that is written; large ones try the width of a block's number.
         shuffled_tokens: the tokens are not sorted by sequence and position.
         last_block: the pool ends with the block of the last token.
         skips: which tokens have slot -1: "none", those at the "end" (padding), some "between", or "all".
@@ -146,6 +147,7 @@ class WriteCase:
     scales: str | None = None
     uneven_scales: bool = False
     order: str = "identity"
+    first_block: int = 1
     shuffled_tokens: bool = False
     last_block: bool = False
     skips: str = "none"

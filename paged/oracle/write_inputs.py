@@ -34,6 +34,7 @@ NORMAL = {"float16": (0x0400, 0x7800), "bfloat16": (0x0080, 0x7F00)}
 SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 2.0**-24, -(2.0**-133), 1.0)
 # Columns of a fused projection that are neither keys nor values, and so nobody's to touch.
 QUERY_COLUMNS = 8
+MOST_BITS = (1 << 17) - 1
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,12 @@ def _lay_out(case: WriteCase) -> tuple[tuple[Token, ...], int]:
     size = case.block_size
     places = [(s, p) for s, (start, count) in enumerate(case.sequences) for p in range(start, start + count)]
     contents = list(dict.fromkeys((sequence, position // size) for sequence, position in places))
-    spots = list(range(1, len(contents) + 1 + (2 if case.order == "shuffled" else 0)))
+    spots = [case.first_block + i for i in range(len(contents) + (2 if case.order == "shuffled" else 0))]
     if case.order == "reversed":
         spots = spots[::-1]
     elif case.order == "shuffled":
         spots = [spots[i] for i in _permutation(case, len(spots))[: len(contents)]]
-    num_blocks = max(spots, default=0) + 2
+    num_blocks = max(spots, default=case.first_block) + 2
     if case.last_block and contents:
         spots[-1] = num_blocks - 1
     if case.strides == "far":  # only three blocks lie between both ends of what 32 bits can count
@@ -303,7 +304,9 @@ def _filled(case: WriteCase, which: int, shape: tuple[int, ...], dtype: str) -> 
     """Random bits; for odd seeds NaN with random signs and payloads, where the dtype has them."""
     torch_dtype = getattr(torch, dtype)
     count = int(np.prod(shape))
-    drawn = random_bits(case.seed, CODE_KEY + which * HEAD_LIMIT, np.arange(count), 1, 1).reshape(shape)
+    # In a pool of very many blocks the bits come again and again: drawing so many would take seconds.
+    drawn = random_bits(case.seed, CODE_KEY + which * HEAD_LIMIT, np.arange(min(count, MOST_BITS)), 1, 1)
+    drawn = np.resize(drawn, shape)
     if case.seed % 2 and dtype in NAN_BITS:
         drawn = drawn | np.uint64(NAN_BITS[dtype])
     whole: Integers = drawn.view(np.int64)
@@ -317,8 +320,8 @@ def _projections(case: WriteCase, rows: int, device: str) -> tuple[Room, Room]:
     if case.inputs == "fused":
         ends = np.cumsum([QUERY_COLUMNS, heads * widths[0], heads * widths[1]])
         room = _filled(case, 0, (rows, int(ends[-1]) + 3), case.dtype).to(device)
-        slices = (room[:, int(ends[i]) : int(ends[i + 1])].unflatten(1, (heads, widths[i])) for i in range(2))
-        key, value = slices
+        # A view: rows are far apart, heads lie one behind another.
+        key, value = (room[:, int(ends[i]) : int(ends[i + 1])].view(rows, heads, widths[i]) for i in range(2))
         return Room(key, room, room), Room(value, room, room)
     views = []
     for which, width in enumerate(widths):
