@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from paged.oracle import WriteCapabilities, WriteCase, replay_write, verify_write
+from paged import kv_pool
+from paged.oracle import WriteCapabilities, WriteCase, replay_write, verify_write, writes
 from paged.oracle.codes import decoded, nearest, numbers_of
 from paged.oracle.mutants.writers import RIGHT_WRITERS, WRITERS, PlainWriter
 from paged.oracle.write_cases import cases, directed
@@ -25,7 +26,9 @@ OWN = {
     "keys and values of different widths": WriteCapabilities(head_dims=(24, 7), value_dims=(16, 5), block_sizes=(4,)),
     "stored in fewer bits": WriteCapabilities(dtypes=("float32",), kv_dtypes=("bfloat16",), head_dims=(16,)),
     "fp8 by tensor": WriteCapabilities(kv_dtypes=("float8_e4m3fn",), head_dims=(16,), scales="tensor"),
-    "fp8 by head": WriteCapabilities(kv_dtypes=("float8_e4m3fn",), head_dims=(16, 7), scales="head"),
+    "fp8 by head": WriteCapabilities(
+        dtypes=("float32", "bfloat16"), kv_dtypes=("float8_e4m3fn",), head_dims=(16, 7), scales="head"
+    ),
     "int8 by token": WriteCapabilities(
         dtypes=("bfloat16", "float32"), kv_dtypes=("int8",), head_dims=(16, 7), scales="token", strided_caches=True
     ),
@@ -81,9 +84,8 @@ def test_this_projects_writer_is_right(name):
 
 @pytest.mark.parametrize("kind", RIGHT_WRITERS, ids=lambda kind: kind.__name__)
 def test_a_right_writer_is_not_flagged(kind):
-    for seed in (0, 1):
-        report = verify_write(kind(), capabilities=kind.capabilities, seed=seed)
-        assert report.ok, report
+    report = verify_write(kind(), capabilities=kind.capabilities)
+    assert report.ok, report
 
 
 @pytest.mark.parametrize("kind", WRITERS, ids=lambda kind: kind.__name__)
@@ -94,6 +96,17 @@ def test_a_mutant_is_caught_and_named(kind):
         assert FAULTS[kind.__name__] in [failure.fault for failure in report.failures], report
     assert kind.__doc__
     assert "A" <= kind.letter <= "R"
+
+
+@pytest.mark.parametrize("name", ["plain", "fp8 by head", "int8 by token"])
+def test_a_fault_planted_in_this_projects_writer_is_found(name, monkeypatch):
+    def late(key_cache, value_cache, key, value, slot_mapping, **scales):
+        """Never reaches the pool's last slot."""
+        last = key_cache.shape[0] * key_cache.shape[1] - 1
+        kv_pool.write(key_cache, value_cache, key, value, slot_mapping.clamp(max=last - 1), **scales)
+
+    monkeypatch.setattr(writes, "write", late)
+    assert not verify_write(pool_write, capabilities=OWN[name]).ok
 
 
 def test_there_are_enough_of_both():

@@ -13,6 +13,9 @@ syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, 
 from paged.oracle.adapters import Adapter
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
+from paged.oracle.manager_protocol import Manager, ManagerCapabilities, OwnBlocks
+from paged.oracle.managers import replay_manager, verify_manager
+from paged.oracle.operations import ManagerCase
 from paged.oracle.report import Failure, Report
 from paged.oracle.verify import check, replay, verify
 from paged.oracle.write_case import WriteCapabilities, WriteCase
@@ -24,13 +27,19 @@ __all__ = [
     "Case",
     "Conventions",
     "Failure",
+    "Manager",
+    "ManagerCapabilities",
+    "ManagerCase",
+    "OwnBlocks",
     "Profile",
     "Report",
     "WriteCapabilities",
     "WriteCase",
     "check",
     "replay",
+    "replay_manager",
     "replay_write",
     "verify",
+    "verify_manager",
     "verify_write",
 ]

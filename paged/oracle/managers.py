@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from paged.oracle.bookkeeping import Bookkeeping, ManagerFault
+from paged.oracle.asking import ManagerFault
+from paged.oracle.bookkeeping import Bookkeeping
 from paged.oracle.calls import Mishap, kernel_named
 from paged.oracle.diagnose import MISHAPS
 from paged.oracle.guard import Guard, raised, search
@@ -22,7 +23,7 @@ from paged.oracle.report import Failure, Report
 
 # Makes a manager, of `num_blocks` blocks of `block_size` tokens.
 Maker = Callable[[int, int], Any]
-BUDGETS = {"fast": 150, "standard": 2_000, "long": 20_000}
+BUDGETS = {"fast": 250, "standard": 2_000, "long": 20_000}
 MOST_FAULTS = 3
 
 
@@ -177,8 +178,7 @@ class ManagerTrial:
             manager = self._make(case.num_blocks, case.block_size)
         except (Exception, SystemExit) as error:
             return ManagerFault("raises an exception", "-", f"when it is made: {raised(error)}")
-        run = Bookkeeping(manager, case, self._can)
-        run.words = words
+        run = Bookkeeping(manager, case, self._can, words)
         try:
             run.run()
         except ManagerFault as fault:

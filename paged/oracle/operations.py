@@ -134,6 +134,11 @@ def _stories(size: int, can: ManagerCapabilities) -> Iterator[tuple[Operation, .
         )
         same = Operation("allocate", num_tokens=3 * size, tokens="same")
         yield same, Operation("append", 0, 1), Operation("allocate", 0, 2 * size, "beginning"), Operation("free"), same
+        two = Operation("allocate", num_tokens=size + 1)
+        yield two, two, Operation("free"), Operation("free"), Operation("allocate"), Operation("allocate")
+        if can.window:
+            long = Operation("allocate", num_tokens=3 * size)
+            yield long, Operation("drop", 0, size), Operation("allocate", num_tokens=size), Operation("append", 0, 1)
         short = Operation("allocate", num_tokens=size)
         yield short, Operation("free"), short, Operation("free"), short, Operation("allocate", 0, size + 1, "again")
 

@@ -21,7 +21,7 @@ ORDERS = ("identity", "reversed", "shuffled")
 SKIPS = ("none", "end", "between", "all")
 INPUTS = ("dense", "fused", "heads_first")
 STRIDES = ("dense", "padded", "interleaved", "heads_first", "far")
-RECIPES = ("numbered", "special", "codes", "ties", "between", "beyond")
+RECIPES = ("numbered", "special", "codes", "ties", "beside", "between", "beyond")
 SCALES = (None, "tensor", "head", "token")
 DUPLICATES = (None, "last", "any", "refused")
 
@@ -113,7 +113,7 @@ class WriteCase:
         dtype, kv_dtype, slot_dtype: names without "torch."; kv_dtype is a real one, never "auto".
         recipe: what the numbers are: "numbered" (no two alike, as far as the dtype allows), "special" (zeros, NaN,
             infinities, subnormals), and for quantised pools "codes" (a code exactly), "ties" (midway between two),
-            "between" (anything) and "beyond" (outside the range).
+            "beside" (hardly off midway), "between" (anything) and "beyond" (outside the range).
         seed: of the numbers, the order of blocks, and the bits that lie in the pool before.
         scales: None, "tensor", "head" or "token".
         uneven_scales: whether they are no powers of two.

@@ -103,7 +103,9 @@ def directed(can: WriteCapabilities, seed: int, rounds: int) -> Iterator[WriteCa
 def recipes_of(can: WriteCapabilities, dtype: str, kv_dtype: str) -> tuple[str, ...]:
     """The recipes that make sense for a pair of dtypes, the one that names tokens best first."""
     if kv_dtype in QUANTISED:
-        return ("codes", "ties", "between") if can.scales == "token" else ("codes", "ties", "between", "beyond")
+        # Only float32 has bits enough to be hardly off the middle of two codes.
+        beside = ("beside",) if dtype in ("float32", "float64") else ()
+        return ("codes", "ties", *beside, "between", *(() if can.scales == "token" else ("beyond",)))
     return ("numbered", "special") if dtype == kv_dtype else ("numbered",)
 
 

@@ -710,6 +710,15 @@ class LooksAhead(PlainManager):
     def needed(self, num_tokens: int) -> int:
         return -(-num_tokens // self.size) + 1
 
+    def fork(self, name: str, twin: str) -> Sequence[tuple[int, int]]:
+        super().fork(name, twin)
+        held = self.held[twin]
+        while len(held.blocks) > -(-len(held.tokens) // self.size):  # what was taken ahead is not shared
+            block = held.blocks.pop()
+            if block:
+                self.release(block)
+        return []
+
 
 class KeepsTheNewest(PlainManager):
     """Of two blocks with one content the later one is found."""

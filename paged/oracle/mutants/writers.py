@@ -539,6 +539,18 @@ class Fnuz(Fp8Writer):
         return super().quotients(call, row) * 2
 
 
+class RoundsTwice(Fp8Writer):
+    """Quotients are rounded to float16 first, and then once more to e4m3."""
+
+    letter = "O"
+    capabilities = WriteCapabilities(
+        dtypes=("float32",), kv_dtypes=("float8_e4m3fn",), head_dims=(16, 7), block_sizes=(4,), scales="head"
+    )
+
+    def quotients(self, call: Write, row: Tensor) -> Tensor:
+        return super().quotients(call, row).half().float()
+
+
 class NotClamped(Fp8Writer):
     """What is beyond the range becomes NaN."""
 
