@@ -10,6 +10,10 @@ which turns the contract's tensors into the kernel's own and the kernel's result
 
         def results(self, returned):
             return returned, None                                                # out [T, Hq, Dv], no log-sum-exp
+
+It may have a third, `refuse(capabilities)`, which raises ValueError for what it cannot express. Those in ADAPTERS are
+for the layouts of vLLM, FlashInfer, FlashAttention, SGLang, JAX, transformers and FlashMLA; what their kernels are
+called with is said in `paged.oracle.foreign_caches`, `foreign_metadata`, `foreign_slots` and `latent`.
 """
 
 from collections.abc import Callable
@@ -18,7 +22,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from paged.oracle.declarations import Capabilities
+from paged.oracle.foreign import Foreign, contract_wishes
+from paged.oracle.foreign_caches import ByBlock, Hnd, Packed, Stacked, XPacked
+from paged.oracle.foreign_metadata import FlashAttention, FlashInfer, JaxRagged
+from paged.oracle.foreign_slots import FlatIndices, RequestRows, TokenSlots
 from paged.oracle.inputs import Inputs
+from paged.oracle.latent import Latent
 
 Kernel = Callable[..., Any]
 
@@ -40,18 +49,8 @@ class Contract:
 
     def call(self, kernel: Kernel, inputs: Inputs, capabilities: Capabilities) -> Any:
         """Call `kernel(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, *, scale, ...)`."""
-        wishes: dict[str, Any] = {"scale": inputs.scale}
-        if capabilities.window:
-            wishes["window"] = inputs.window
-        if capabilities.softcap:
-            wishes["softcap"] = inputs.softcap
-        if capabilities.alibi:
-            wishes["alibi_slopes"] = inputs.alibi_slopes
-        if capabilities.sinks:
-            wishes["sinks"] = inputs.sinks
-        if capabilities.kv_scales is not None:
-            wishes["k_scale"], wishes["v_scale"] = inputs.k_scale, inputs.v_scale
         tensors = (inputs.query, inputs.key_cache, inputs.value_cache)
+        wishes = contract_wishes(inputs, capabilities)
         return kernel(*tensors, inputs.block_tables, inputs.seq_lens, inputs.query_start_loc, **wishes)
 
     def results(self, returned: Any) -> tuple[Any, Any]:
@@ -63,17 +62,50 @@ class Contract:
         return returned, None
 
 
-ADAPTERS: dict[str, Adapter] = {"contract": Contract()}
+SHIPPED: tuple[Foreign, ...] = (
+    Hnd(),
+    Stacked(),
+    ByBlock(),
+    Packed(),
+    XPacked(),
+    Latent(),
+    FlashInfer(),
+    FlashInfer("flashinfer_hnd", "HND"),
+    FlashAttention(),
+    TokenSlots(),
+    RequestRows(),
+    JaxRagged(),
+    FlatIndices(),
+)
+# The contract's own order of dimensions is NHD.
+ADAPTERS: dict[str, Adapter] = {
+    "contract": Contract(),
+    "nhd": Contract(),
+    **{adapter.name: adapter for adapter in SHIPPED},
+}
 
 
-def adapter_named(adapter: str | Adapter) -> Adapter:
+def adapter_named(adapter: str | Adapter, capabilities: Capabilities | None = None) -> Adapter:
     """One of the adapters that ship, by name, or the one that is given.
 
+    Args:
+        adapter: a name, or an object.
+        capabilities: what is declared. An adapter with a method `refuse` is asked whether it can express that.
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or what cannot be expressed.
+
+    Example:
+        >>> adapter_named("flashinfer", Capabilities(alibi=True))
+        Traceback (most recent call last):
+        ...
+        ValueError: adapter 'flashinfer' cannot express alibi: FlashInfer computes the slopes itself. Do not declare it
     """
-    if not isinstance(adapter, str):
-        return adapter
-    if adapter not in ADAPTERS:
-        raise ValueError(f"unknown adapter {adapter!r}; there are {', '.join(sorted(ADAPTERS))}, or bring your own")
-    return ADAPTERS[adapter]
+    if isinstance(adapter, str):
+        if adapter not in ADAPTERS:
+            raise ValueError(f"unknown adapter {adapter!r}; there are {', '.join(sorted(ADAPTERS))}, or bring your own")
+        adapter = ADAPTERS[adapter]
+    refuse = getattr(adapter, "refuse", None)
+    if refuse is not None and capabilities is not None:
+        refuse(capabilities)
+    return adapter

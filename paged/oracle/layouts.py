@@ -10,7 +10,7 @@ The contract's own order of dimensions is called NHD (slot, head, dim). The othe
     transposed    V [N, Hkv, Dv, P]                    goes with it
     flat          [N * P, Hkv, D]                      SGLang's token pool, transformers' continuous batching
     alternating   [N, P, 2 * Hkv, D]                   JAX `ragged_paged_attention`
-    latent        [N, P, Hkv, D + Dv]                  FlashMLA; see `to_latent`
+    latent        [N, P, Hkv, D + Dv]                  FlashMLA; in `paged.oracle.latent`
 
 Numbers are moved and never computed with: whatever bits lie in a slot, NaN included, lie in the same slot afterwards.
 Functions to a layout make a dense copy; functions back give views where that is possible. `paged.oracle.metadata` has
@@ -195,59 +195,6 @@ def to_alternating(key_cache: Tensor, value_cache: Tensor) -> Tensor:
 def from_alternating(cache: Tensor) -> tuple[Tensor, Tensor]:
     """[N, P, 2 * Hkv, D] to K and V [N, P, Hkv, D], views."""
     return cache[:, :, 0::2], cache[:, :, 1::2]
-
-
-def to_latent(key_cache: Tensor, value_cache: Tensor, rope: int, values_first: bool) -> Tensor:
-    """K [..., D] and V [..., Dv] to one latent [..., D + Dv], as multi-head latent attention keeps it.
-
-    There one vector of 576 numbers is the key, and its first 512 are the value as well; the last 64, the rotary part,
-    belong to the key alone (FlashMLA, README: head_dim 576, head_dim_v 512). Any K and V with D + Dv = 576 are such a
-    cache if what is no key meets zeros in the query (`latent_query`), and what is no value is cut from the output
-    (`from_latent_out`). Both are exact. The last `rope` numbers are always key; the order of the rest is free:
-
-        values_first        [ V  | K                  ]
-        not values_first    [ K without its end | V | end of K ]
-
-    Both orders together use each of the first 512 as a key and as a value.
-
-    Raises:
-        ValueError: D is less than rope.
-
-    Example:
-        >>> key, value = torch.tensor([1, 2, 3]), torch.tensor([7, 8])
-        >>> to_latent(key, value, 1, values_first=True).tolist(), to_latent(key, value, 1, values_first=False).tolist()
-        ([7, 8, 1, 2, 3], [1, 2, 7, 8, 3])
-    """
-    shared = key_cache.shape[-1] - rope
-    if shared < 0:
-        raise ValueError(f"the last {rope} numbers of a latent are key; D is {key_cache.shape[-1]}, fewer")
-    if values_first:
-        return torch.cat((value_cache, key_cache), dim=-1)
-    return torch.cat((key_cache[..., :shared], value_cache, key_cache[..., shared:]), dim=-1)
-
-
-def from_latent(cache: Tensor, head_dim: int, rope: int, values_first: bool) -> tuple[Tensor, Tensor]:
-    """The latent [..., D + Dv] back to K [..., D] and V [..., Dv]."""
-    if values_first:
-        value_dim = cache.shape[-1] - head_dim
-        return cache[..., value_dim:], cache[..., :value_dim]
-    shared, end = head_dim - rope, cache.shape[-1] - rope
-    return torch.cat((cache[..., :shared], cache[..., end:]), dim=-1), cache[..., shared:end]
-
-
-def latent_query(query: Tensor, value_dim: int, rope: int, values_first: bool) -> Tensor:
-    """Queries [..., D] for a latent cache [..., D + Dv]: zeros meet the values.
-
-    Example:
-        >>> latent_query(torch.tensor([1, 2, 3]), 2, 1, values_first=False).tolist()
-        [1, 2, 0, 0, 3]
-    """
-    return to_latent(query, query.new_zeros(*query.shape[:-1], value_dim), rope, values_first)
-
-
-def from_latent_out(out: Tensor, value_dim: int, values_first: bool) -> Tensor:
-    """The weighted sum [..., D + Dv - rope] of a latent's first numbers to that of V, [..., Dv]."""
-    return out[..., :value_dim] if values_first else out[..., out.shape[-1] - value_dim :]
 
 
 def _alike(key_cache: Tensor, value_cache: Tensor) -> None:

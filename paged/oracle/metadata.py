@@ -13,6 +13,8 @@ FlashAttention's page_table, cache_seqlens and cu_seqlens_q are the contract's t
 of a table, whatever they hold, are in none of the lists. On the way back they are the null block, 0.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def to_pages(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> tuple[T
     pages = -(-seq_lens // block_size)  # [B]
     in_use = torch.arange(block_tables.shape[1], device=seq_lens.device) < pages[:, None]  # [B, M]
     last_page_len = torch.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0)
-    return _starts(pages), block_tables[in_use], last_page_len.int()
+    return starts(pages), block_tables[in_use], last_page_len.int()
 
 
 def from_pages(indptr: Tensor, indices: Tensor, last_page_len: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +67,7 @@ def to_slots(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> tuple[T
     """
     slots = _slots(block_tables, block_size)
     in_use = torch.arange(slots.shape[1], device=seq_lens.device) < seq_lens[:, None]
-    return _starts(seq_lens), slots[in_use]
+    return starts(seq_lens), slots[in_use]
 
 
 def from_slots(kv_indptr: Tensor, kv_indices: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,7 @@ def from_slots(kv_indptr: Tensor, kv_indices: Tensor, block_size: int) -> tuple[
     slots = _as_rows(kv_indices, seq_lens)
     block_tables = slots[:, ::block_size] // block_size
     again, in_order = to_slots(block_tables, seq_lens, block_size)
-    for start, end in zip(again[:-1].tolist(), again[1:].tolist(), strict=True):
+    for start, end in pairwise(again.tolist()):
         if not torch.equal(in_order[start:end], kv_indices[start:end]):
             raise ValueError(f"slots {kv_indices[start:end].tolist()} are no blocks of {block_size}")
     return block_tables, seq_lens.int()
@@ -119,7 +121,7 @@ def from_requests(
     """Rows of a request pool back to block_tables [B, M] and seq_lens [B] int32."""
     rows = req_to_token[req_pool_indices].long()
     in_use = torch.arange(rows.shape[1], device=rows.device) < seq_lens[:, None]
-    return from_slots(_starts(seq_lens), rows[in_use], block_size)
+    return from_slots(starts(seq_lens), rows[in_use], block_size)
 
 
 def to_read_write(
@@ -188,15 +190,20 @@ def from_ragged(
     return page_indices[:count], kv_lens[:count], cu_q_lens[: count + 1]
 
 
+def starts(counts: Tensor) -> Tensor:
+    """[B] counts to [B + 1] int32: where each one's part of a list begins, and where the last one ends.
+
+    Example:
+        >>> starts(torch.tensor([3, 0, 2])).tolist()
+        [0, 3, 3, 5]
+    """
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
+
+
 def _slots(block_tables: Tensor, block_size: int) -> Tensor:
     """[B, M] to [B, M * P]: the slots of each block; those of padding entries mean nothing."""
     offsets = torch.arange(block_size, device=block_tables.device)
     return (block_tables.long()[..., None] * block_size + offsets).flatten(1)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    """[B] counts to [B + 1] int32: where each one's part of a list begins."""
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
 
 
 def _as_rows(entries: Tensor, counts: Tensor) -> Tensor:
