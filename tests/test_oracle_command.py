@@ -156,7 +156,7 @@ def test_misspelt(paged_oracle):
 def test_the_plugin_in_a_repository_of_kernels(folder):
     (folder / "test_kernels.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q", "test_kernels.py"]
-    plugin = ["-p", "paged.oracle.plugin"] if not _is_installed() else []
+    plugin = ["-p", "paged.pytest_plugin"] if not _is_installed() else []
     found = subprocess.run([*command, *plugin], capture_output=True, text=True, check=False)
     assert found.returncode == 1, found.stdout + found.stderr
     assert "3 failed, 2 passed" in found.stdout
@@ -170,4 +170,9 @@ def _is_installed() -> bool:
     """Whether the plugin is among the entry points: an older editable installation does not know it yet."""
     from importlib.metadata import entry_points  # noqa: PLC0415 (only here)
 
-    return any(point.value == "paged.oracle.plugin" for point in entry_points(group="pytest11"))
+    return any(point.value == "paged.pytest_plugin" for point in entry_points(group="pytest11"))
+
+
+def test_the_plugin_costs_other_projects_nothing():
+    program = "import sys, paged.pytest_plugin; sys.exit(bool({'torch', 'hypothesis'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

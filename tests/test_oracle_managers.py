@@ -8,8 +8,8 @@ import pytest
 
 from paged.blocks import BlockPool, BlockTable, CachedBlock, PrefixCache, prefix_cache
 from paged.oracle import ManagerCapabilities, ManagerCase, OwnBlocks, replay_manager, verify_manager
+from paged.oracle.managers.operations import Operation
 from paged.oracle.mutants.managers import MANAGERS, RIGHT_MANAGERS, PlainManager
-from paged.oracle.operations import Operation
 
 READS, FINDS = "a sequence does not read what it wrote", "finds what is not there"
 LOST, IN_USE = "blocks are lost", "blocks in use are free"

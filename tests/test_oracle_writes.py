@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from paged import kv_pool
-from paged.oracle import WriteCapabilities, WriteCase, replay_write, verify_write, writes
-from paged.oracle.codes import decoded, nearest, numbers_of
+from paged.oracle import WriteCapabilities, WriteCase, replay_write, verify_write
 from paged.oracle.mutants.writers import RIGHT_WRITERS, WRITERS, PlainWriter
-from paged.oracle.write_cases import cases, directed
-from paged.oracle.write_inputs import bits, materialise
-from paged.oracle.writes import pool_write
+from paged.oracle.writers.cases import cases, directed
+from paged.oracle.writers.codes import decoded, nearest, numbers_of
+from paged.oracle.writers.inputs import bits, materialise
+from paged.oracle.writers.verify import pool_write
 
 OWN = {
     "plain": WriteCapabilities(
@@ -105,7 +105,7 @@ def test_a_fault_planted_in_this_projects_writer_is_found(name, monkeypatch):
         last = key_cache.shape[0] * key_cache.shape[1] - 1
         kv_pool.write(key_cache, value_cache, key, value, slot_mapping.clamp(max=last - 1), **scales)
 
-    monkeypatch.setattr(writes, "write", late)
+    monkeypatch.setattr("paged.oracle.writers.verify.write", late)
     assert not verify_write(pool_write, capabilities=OWN[name]).ok
 
 

@@ -10,16 +10,21 @@ where the kernel says it rounds. To be read in this order: declarations, case, v
 syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, verify.
 """
 
+from importlib.util import find_spec
+
+if find_spec("hypothesis") is None:
+    raise ImportError("the oracle draws its cases with Hypothesis: pip install 'paged[oracle]'")
+
 from paged.oracle.adapters import Adapter
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
-from paged.oracle.manager_protocol import Manager, ManagerCapabilities, OwnBlocks
-from paged.oracle.managers import replay_manager, verify_manager
-from paged.oracle.operations import ManagerCase
+from paged.oracle.managers.operations import ManagerCase
+from paged.oracle.managers.protocol import Manager, ManagerCapabilities, OwnBlocks
+from paged.oracle.managers.verify import replay_manager, verify_manager
 from paged.oracle.report import Failure, Report
 from paged.oracle.verify import check, replay, verify
-from paged.oracle.write_case import WriteCapabilities, WriteCase
-from paged.oracle.writes import replay_write, verify_write
+from paged.oracle.writers.case import WriteCapabilities, WriteCase
+from paged.oracle.writers.verify import replay_write, verify_write
 
 __all__ = [
     "Adapter",

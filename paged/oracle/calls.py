@@ -1,16 +1,9 @@
-"""Calling a kernel that may do anything: raise, hang, return something else, or write where it should read.
+"""Calling an attention kernel, which may return something else than it should, or write where it should read.
 
-Each of these is a verdict of its own. The kernel runs in a thread that is left behind when it takes too long: nothing
-else can be done about a kernel that hangs in native code, and nothing else is asked of it afterwards.
+Each of these is a verdict of its own, like those of `paged.oracle.guard`.
 """
 
-import importlib
-import queue
-import threading
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,24 +11,10 @@ from torch import Tensor
 
 from paged.oracle.adapters import Adapter, Kernel
 from paged.oracle.declarations import Capabilities
+from paged.oracle.guard import FIRST_CALL, Guard, Mishap, in_a_line
 from paged.oracle.inputs import Inputs
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# The first call may compile.
-FIRST_CALL = 10
-
-
-@dataclass(frozen=True)
-class Mishap:
-    """Why there is no result that could be judged.
-
-    Attributes:
-        kind: "raises", "hangs", "returns", "shape", "dtype", "device", "writes", or "import".
-        message: what happened, in a sentence or two.
-    """
-
-    kind: str
-    message: str
 
 
 @dataclass(frozen=True)
@@ -67,49 +46,26 @@ class Caller:
     def __init__(self, kernel: Kernel, adapter: Adapter, capabilities: Capabilities, time_limit: float = 60.0) -> None:
         self.capabilities = capabilities
         self.num_calls = 0
-        self.hung: Mishap | None = None
-        self._kernel, self._adapter, self._time_limit = kernel, adapter, time_limit
-        self._asked: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self._answered: queue.SimpleQueue[tuple[Any, Mishap | None]] = queue.SimpleQueue()
-        self._threads = torch.get_num_threads()
-        # A daemon: a kernel that hangs must not keep the program from ending.
-        threading.Thread(target=self._work, daemon=True, name="kernel under test").start()
+        self._kernel, self._adapter = kernel, adapter
+        self._guard = Guard(time_limit, FIRST_CALL)
+
+    @property
+    def hung(self) -> Mishap | None:
+        """The verdict on the call that did not return, if one did not. Nothing is called after it."""
+        return self._guard.hung
 
     def __call__(self, inputs: Inputs) -> Result | Mishap:
         """Call the kernel once; what it returned, checked for everything but its numbers."""
-        if self.hung is not None:
-            return self.hung
         before = {name: tensor.clone() for name, tensor in inputs.tensors().items()}
-        limit = self._time_limit * (1 if self.num_calls else FIRST_CALL)
         self.num_calls += 1
-        self._asked.put(lambda: self._adapter.call(self._kernel, inputs, self.capabilities))
-        try:
-            returned, mishap = self._answered.get(timeout=limit)
-        except queue.Empty:
-            self.hung = Mishap("hangs", f"did not return within {limit:g} seconds; it was left running")
-            return self.hung
-        if mishap is not None:
-            return mishap
+        returned = self._guard(lambda: self._adapter.call(self._kernel, inputs, self.capabilities))
+        if isinstance(returned, Mishap):
+            return returned
         try:
             out, lse = self._adapter.results(returned)
         except Exception as error:
-            return Mishap("returns", f"the adapter could not read what was returned: {_in_a_line(error)}")
+            return Mishap("returns", f"the adapter could not read what was returned: {in_a_line(error)}")
         return _written(before, inputs) or self._checked(out, lse, returned, inputs)
-
-    def _work(self) -> None:
-        """What the kernel's thread does: answer calls, one by one."""
-        torch.set_num_threads(self._threads)
-        while True:
-            call = self._asked.get()
-            answer: tuple[Any, Mishap | None]
-            try:
-                with torch.no_grad():
-                    answer = call(), None
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-            except Exception as error:
-                answer = None, Mishap("raises", _raised(error))
-            self._answered.put(answer)
 
     def _checked(self, out: Any, lse: Any, returned: Any, inputs: Inputs) -> Result | Mishap:
         """Shapes, dtypes and devices."""
@@ -138,33 +94,6 @@ class Caller:
         return Result(out.detach().cpu(), lse.detach().cpu())
 
 
-def kernel_named(kernel: Kernel | str) -> Kernel | Mishap:
-    """A kernel by name, "module:function", or the one that is given.
-
-    Example:
-        >>> kernel_named("no.such.module:attend").kind
-        'import'
-    """
-    if not isinstance(kernel, str):
-        if callable(kernel):
-            return kernel
-        return Mishap("import", f"a kernel is a callable or 'module:function', got a {type(kernel).__name__}")
-    module_name, _, function_name = kernel.partition(":")
-    if not module_name or not function_name:
-        return Mishap("import", f"{kernel!r} does not name a kernel; write module:function")
-    try:
-        found = importlib.import_module(module_name)
-        for part in function_name.split("."):
-            found = getattr(found, part)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return Mishap("import", f"{kernel!r} cannot be imported: {_in_a_line(error)}")
-    if not callable(found):
-        return Mishap("import", f"{kernel!r} is a {type(found).__name__}, which cannot be called")
-    return found
-
-
 def _written(before: dict[str, Tensor], inputs: Inputs) -> Mishap | None:
     """Whether the kernel changed what it was given, NaN payloads included."""
     for name, tensor in inputs.tensors().items():
@@ -177,20 +106,6 @@ def _written(before: dict[str, Tensor], inputs: Inputs) -> Mishap | None:
             first = [int(i) for i in changed.nonzero()[0]]
             return Mishap("writes", f"{name} was written to: {int(changed.sum())} elements changed, the first {first}")
     return None
-
-
-def _raised(error: Exception) -> str:
-    """An exception and the kernel's own line that it came from."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) != Path(__file__)]
-    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return _in_a_line(error) + place
-
-
-def _in_a_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    said = lines[0] if lines else ""
-    said = said if len(said) <= 200 else said[:197] + "..."
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from paged.oracle.calls import Mishap, kernel_named
 from paged.oracle.declarations import Capabilities, Conventions, Profile
+from paged.oracle.guard import Mishap, kernel_named
 from paged.oracle.verify import verify
 
 SECTIONS = {"capabilities": Capabilities, "profile": Profile, "conventions": Conventions}

@@ -8,9 +8,10 @@ which neighbouring cases it gets right.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from paged.oracle.calls import Mishap, Result
+from paged.oracle.calls import Result
 from paged.oracle.case import EXACT, Case
 from paged.oracle.explain import Alternative, explain
+from paged.oracle.guard import Mishap
 from paged.oracle.inputs import FEW, MUST_MASK, MUST_NOT_READ
 from paged.oracle.judge import EVIDENCE, LSE, NAN, Finding
 from paged.oracle.picture import picture

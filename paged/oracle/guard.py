@@ -1,29 +1,36 @@
-"""Calling strangers' code that may raise or hang, and drawing what it is called with.
+"""Calling strangers' code, which may raise, hang, end the program or not even be there.
 
-What `calls.Caller` does for attention kernels, for any function: it runs in a thread of its own, with a time limit, and
-what goes wrong is a `Mishap` and never an exception of ours. The two judges of writers and of managers share it.
+Each of these is a verdict, a `Mishap`, and never an exception of ours. The code runs in a thread that is left behind
+when it takes too long: nothing else can be done about code that hangs outside Python, and nothing is asked of it again.
 """
 
+import importlib
 import queue
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-try:
-    from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-    from hypothesis import seed as seeded
-    from hypothesis.strategies import SearchStrategy
-except ImportError as error:
-    raise ImportError("the oracle draws its cases with Hypothesis: pip install 'paged[oracle]'") from error
-
-from paged.oracle.calls import Mishap
-
-Drawn = TypeVar("Drawn")
 MOST_LETTERS = 200
+# The first call may compile.
+FIRST_CALL = 10
+
+
+@dataclass(frozen=True)
+class Mishap:
+    """Why there is no result that could be judged.
+
+    Attributes:
+        kind: "raises", "hangs", "returns", "shape", "dtype", "device", "writes", or "import".
+        message: what happened, in a sentence or two.
+    """
+
+    kind: str
+    message: str
 
 
 class Guard:
@@ -87,57 +94,44 @@ def raised(error: BaseException) -> str:
         >>> raised(ValueError("no such block"))
         'ValueError: no such block'
     """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) != Path(__file__)]
+    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return in_a_line(error) + place
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
     try:
         lines = str(error).strip().splitlines()
     except Exception:  # an exception's own __str__ is a stranger's code as well
         lines = []
     said = lines[0] if lines else ""
     said = said if len(said) <= MOST_LETTERS else said[: MOST_LETTERS - 3] + "..."
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) != Path(__file__)]
-    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return (f"{type(error).__name__}: {said}" if said else type(error).__name__) + place
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def search(strategy: SearchStrategy[Drawn], count: int, seed: int, fails: Callable[[Drawn], bool]) -> Drawn | None:
-    """Draw until something fails, and let Hypothesis make it smaller.
-
-    Args:
-        strategy: what to draw; integers and names, never the numbers of a tensor.
-        count: how many are drawn at most.
-        seed: the same seed draws the same.
-        fails: tries one.
-
-    Returns:
-        The smallest one found that fails, or None.
+def kernel_named(kernel: Callable[..., Any] | str) -> Callable[..., Any] | Mishap:
+    """A kernel by name, "module:function", or the one that is given.
 
     Example:
-        >>> from hypothesis import strategies as st
-        >>> search(st.integers(0, 1000), 100, 0, lambda number: number > 17)
-        18
+        >>> kernel_named("no.such.module:attend").kind
+        'import'
     """
-    smallest: list[Drawn] = []
-
-    @seeded(seed)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        print_blob=False,
-        verbosity=Verbosity.quiet,
-    )
-    @given(strategy)
-    def attempt(drawn: Drawn) -> None:
-        if fails(drawn):
-            smallest[:] = [drawn]
-            raise AssertionError
-
+    if not isinstance(kernel, str):
+        if callable(kernel):
+            return kernel
+        return Mishap("import", f"a kernel is a callable or 'module:function', got a {type(kernel).__name__}")
+    module_name, _, function_name = kernel.partition(":")
+    if not module_name or not function_name:
+        return Mishap("import", f"{kernel!r} does not name a kernel; write module:function")
     try:
-        attempt()
-    except Exception:
-        # What fails only now and then makes Hypothesis raise an error of its own; the last failure is what there is.
-        if not smallest:
+        found = importlib.import_module(module_name)
+        for part in function_name.split("."):
+            found = getattr(found, part)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
             raise
-    return smallest[0] if smallest else None
+        return Mishap("import", f"{kernel!r} cannot be imported: {in_a_line(error)}")
+    if not callable(found):
+        return Mishap("import", f"{kernel!r} is a {type(found).__name__}, which cannot be called")
+    return found

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paged.oracle.calls import Mishap, Result
+from paged.oracle.calls import Result
 from paged.oracle.case import Case
+from paged.oracle.guard import Mishap
 from paged.oracle.inputs import Inputs, materialise
 from paged.oracle.trial import Trial
 

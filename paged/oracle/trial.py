@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from paged.oracle.calls import Caller, Mishap, Result
+from paged.oracle.calls import Caller, Result
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
 from paged.oracle.expected import Expected, answer, solve
 from paged.oracle.explain import without
+from paged.oracle.guard import Mishap
 from paged.oracle.inputs import Inputs, materialise
 from paged.oracle.judge import NAN, Judgement, judge
 

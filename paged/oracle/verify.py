@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from paged.oracle.adapters import Adapter, Kernel, adapter_named
-from paged.oracle.calls import Caller, Mishap, kernel_named
+from paged.oracle.calls import Caller
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
 from paged.oracle.diagnose import diagnose, mishap_failure
 from paged.oracle.directed import Turns, directed
-from paged.oracle.drawn import search
+from paged.oracle.drawn import cases, search
+from paged.oracle.guard import Mishap, kernel_named
 from paged.oracle.judge import EVIDENCE
 from paged.oracle.reduce import reduce
 from paged.oracle.relations import relations
@@ -174,7 +175,7 @@ def _try_all(trial: Trial, budget: Budget, seed: int, trace: bool) -> tuple[list
     def fails(case: Case) -> bool:
         return _fails(trial, case, failed)
 
-    smallest = search(trial.capabilities, trial.conventions, budget.drawn, seed, fails)
+    smallest = search(cases(trial.capabilities, trial.conventions), budget.drawn, seed, fails)
     if smallest is not None:
         # Not tried once more: a kernel that remembers other calls may pass this time.
         return _faults(trial, [failed[smallest]], trace), ["relations: not tried, since drawn cases fail"]

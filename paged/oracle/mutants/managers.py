@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from paged.blocks import OutOfBlocks
-from paged.oracle.manager_protocol import ManagerCapabilities
+from paged.oracle.managers.protocol import ManagerCapabilities
 
 Key = tuple[Any, ...]
 

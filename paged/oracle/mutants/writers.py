@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from paged.oracle.write_case import WriteCapabilities
+from paged.oracle.writers.case import WriteCapabilities
 
 FAR = 1 << 31
 
@@ -73,7 +73,7 @@ class PlainWriter:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> Any:
-        """Write in place; see `paged.oracle.writes`."""
+        """Write in place; see `paged.oracle.writers.verify`."""
         self.write(Write("key", key, key_cache, slot_mapping, k_scale, v_scale))
         self.write(Write("value", value, value_cache, slot_mapping, v_scale, k_scale))
 

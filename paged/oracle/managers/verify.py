@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from paged.oracle.asking import ManagerFault
-from paged.oracle.bookkeeping import Bookkeeping
-from paged.oracle.calls import Mishap, kernel_named
 from paged.oracle.diagnose import MISHAPS
-from paged.oracle.guard import Guard, raised, search
-from paged.oracle.manager_protocol import ManagerCapabilities
-from paged.oracle.operations import ManagerCase, cases, directed, kinds_of, reduce
+from paged.oracle.drawn import search
+from paged.oracle.guard import Guard, Mishap, kernel_named, raised
+from paged.oracle.managers.asking import ManagerFault
+from paged.oracle.managers.bookkeeping import Bookkeeping
+from paged.oracle.managers.operations import ManagerCase, cases, directed, kinds_of, reduce
+from paged.oracle.managers.protocol import ManagerCapabilities
 from paged.oracle.report import Failure, Report
 
 # Makes a manager, of `num_blocks` blocks of `block_size` tokens.
@@ -52,8 +52,8 @@ def verify_manager(
     """Say whether a block manager keeps its books, whatever is done with it.
 
     Args:
-        make_manager: called with (num_blocks, block_size), makes one with the verbs of `paged.oracle.manager_protocol`;
-            or "module:function".
+        make_manager: called with (num_blocks, block_size), makes one with the verbs of
+            `paged.oracle.managers.protocol`; or "module:function".
         capabilities: what it can do; None: `ManagerCapabilities()`, which is to allocate, append, fork and free.
         budget: "fast", "standard" or "long", a number of lists of operations.
         seed: of the draw.
@@ -63,7 +63,7 @@ def verify_manager(
         ValueError: an unknown budget. Nothing that the manager does raises.
 
     Example: this project's own blocks, and what is left of them if forks are not counted.
-        >>> from paged.oracle.manager_protocol import OwnBlocks
+        >>> from paged.oracle.managers.protocol import OwnBlocks
         >>> verify_manager(OwnBlocks, capabilities=OwnBlocks.CAPABILITIES).ok
         True
         >>> class Uncounted(OwnBlocks):

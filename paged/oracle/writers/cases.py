@@ -9,8 +9,8 @@ from itertools import cycle, product
 
 from hypothesis import strategies as st
 
-from paged.oracle.codes import QUANTISED
-from paged.oracle.write_case import WriteCapabilities, WriteCase
+from paged.oracle.writers.case import WriteCapabilities, WriteCase
+from paged.oracle.writers.codes import QUANTISED
 
 MOST_STEPS = 120
 # Block numbers from here on do not fit into 16 bits; a pool of so many is made if its caches have fewer numbers.

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from paged.blocks import blocks_for
-from paged.oracle.asking import Asking, ManagerFault
-from paged.oracle.manager_protocol import ManagerCapabilities
+from paged.oracle.managers.asking import Asking, ManagerFault
+from paged.oracle.managers.protocol import ManagerCapabilities
 from reference.tagged_memory import TaggedMemory, WrongRead
 
 # A token that no sequence has: a prompt that ends with it is never found whole.

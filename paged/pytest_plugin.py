@@ -7,7 +7,7 @@
 The marker takes the fields of `Capabilities`, and of `verify`: profile, conventions, adapter, device, budget, seed,
 max_shapes, time_limit. A kernel that is wrong fails the test with the oracle's report and nothing else.
 
-pytest loads this file whether it is wanted or not, so everything that takes time is imported when it is.
+pytest loads this file in every project, so it lies outside the oracle's room, and imports that when it is asked for.
 """
 
 from collections.abc import Callable

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paged.oracle.calls import Mishap
 from paged.oracle.diagnose import MISHAPS
+from paged.oracle.guard import Mishap
 from paged.oracle.report import Failure
-from paged.oracle.write_case import WriteCase
-from paged.oracle.write_cases import PLAIN
-from paged.oracle.write_inputs import WriteInputs, bits
-from paged.oracle.write_judge import NAMES, TIES, Place, Verdict, as_if, expected_bits, places_of, vectors_like
+from paged.oracle.writers.case import WriteCase
+from paged.oracle.writers.cases import PLAIN
+from paged.oracle.writers.inputs import WriteInputs, bits
+from paged.oracle.writers.judge import NAMES, TIES, Place, Verdict, as_if, expected_bits, places_of, vectors_like
 
 # What is wrong, where a case that is as small as it can be still needs this feature; and the catalogue's letter.
 NEEDED = {

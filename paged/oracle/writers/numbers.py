@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paged.oracle.codes import LARGEST, Floats, numbers_of
 from paged.oracle.values import KEY, VALUE, random_bits, random_values
-from paged.oracle.write_case import WriteCase
+from paged.oracle.writers.case import WriteCase
+from paged.oracle.writers.codes import LARGEST, Floats, numbers_of
 
 # The smallest normal number's bits, and how many normal numbers of one sign there are.
 NORMAL = {"float16": (0x0400, 0x7800), "bfloat16": (0x0080, 0x7F00)}

@@ -2,7 +2,7 @@
 
 Each says with `arguments` what its kernel is called with, and with `cannot` what that kernel cannot be asked for. The
 rest is done here: refuse what is declared and cannot be expressed, call the kernel, see that it wrote into nothing, and
-read `out` or `(out, lse)`. The adapters are in `paged.oracle.foreign_caches`, `foreign_metadata`, `foreign_slots` and
+read `out` or `(out, lse)`. The adapters are in `paged.oracle.adapters.caches`, `foreign_metadata`, `foreign_slots` and
 `latent`.
 """
 

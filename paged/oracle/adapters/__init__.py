@@ -13,7 +13,7 @@ which turns the contract's tensors into the kernel's own and the kernel's result
 
 It may have a third, `refuse(capabilities)`, which raises ValueError for what it cannot express. Those in ADAPTERS are
 for the layouts of vLLM, FlashInfer, FlashAttention, SGLang, JAX, transformers and FlashMLA; what their kernels are
-called with is said in `paged.oracle.foreign_caches`, `foreign_metadata`, `foreign_slots` and `latent`.
+called with is said in `paged.oracle.adapters.caches`, `foreign_metadata`, `foreign_slots` and `latent`.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from paged.oracle.adapters.caches import ByBlock, Hnd, Packed, Stacked, XPacked
+from paged.oracle.adapters.foreign import Foreign, contract_wishes
+from paged.oracle.adapters.latent import Latent
+from paged.oracle.adapters.lists import FlashAttention, FlashInfer, JaxRagged
+from paged.oracle.adapters.slots import FlatIndices, RequestRows, TokenSlots
 from paged.oracle.declarations import Capabilities
-from paged.oracle.foreign import Foreign, contract_wishes
-from paged.oracle.foreign_caches import ByBlock, Hnd, Packed, Stacked, XPacked
-from paged.oracle.foreign_metadata import FlashAttention, FlashInfer, JaxRagged
-from paged.oracle.foreign_slots import FlatIndices, RequestRows, TokenSlots
 from paged.oracle.inputs import Inputs
-from paged.oracle.latent import Latent
 
 Kernel = Callable[..., Any]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from paged.oracle.calls import BITS
-from paged.oracle.codes import Floats
 from paged.oracle.inputs import FAR
 from paged.oracle.values import CODE_KEY, HEAD_LIMIT, PLACE, Integers, random_bits
-from paged.oracle.write_case import WriteCase
-from paged.oracle.write_numbers import numbers_for, scales_for
+from paged.oracle.writers.case import WriteCase
+from paged.oracle.writers.codes import Floats
+from paged.oracle.writers.numbers import numbers_for, scales_for
 
 # Bits that are all 1 in an infinity or NaN, and one of the mantissa, by dtype.
 NAN_BITS = {"float64": 0x7FF0000000000001, "float32": 0x7F800001, "float16": 0x7C01, "bfloat16": 0x7F81}

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from paged.oracle.adapters.foreign import NO_ARGUMENT, Foreign, call_unwritten, spaced
 from paged.oracle.declarations import Capabilities
-from paged.oracle.foreign import NO_ARGUMENT, Foreign, call_unwritten, spaced
 from paged.oracle.inputs import Inputs
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from paged.oracle.manager_protocol import ManagerCapabilities
+from paged.oracle.managers.protocol import ManagerCapabilities
 
 KINDS = ("allocate", "append", "fork", "free", "free again", "drop")
 # What an allocation's tokens are: new ones; all the same one; an earlier sequence's beginning and new ones; an earlier

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paged.oracle.guard import raised
-from paged.oracle.manager_protocol import ManagerCapabilities
+from paged.oracle.managers.protocol import ManagerCapabilities
 
 RETURNS = "returns something else"
 
@@ -26,12 +26,12 @@ class Asking:
     """A manager whose answers can be relied on to be integers.
 
     Args:
-        manager: with the verbs of `paged.oracle.manager_protocol`.
+        manager: with the verbs of `paged.oracle.managers.protocol`.
         num_blocks: of its pool.
         capabilities: which exception means that too few blocks are free.
 
     Example:
-        >>> from paged.oracle.manager_protocol import OwnBlocks
+        >>> from paged.oracle.managers.protocol import OwnBlocks
         >>> asking = Asking(OwnBlocks(8, 4), 8, ManagerCapabilities())
         >>> asking.allocate("A", [1, 2, 3, 4, 5]), asking.table("A"), asking.num_free()
         (0, [1, 2], 4)

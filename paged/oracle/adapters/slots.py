@@ -3,7 +3,7 @@
     "sglang", "sglang_requests"         slots as a list, or as rows of a request pool
     "transformers"                      this step's K and V, where to write them, and what to read then
 
-What arguments and results are, and which are passed, is as in `paged.oracle.foreign_metadata`.
+What arguments and results are, and which are passed, is as in `paged.oracle.adapters.lists`.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from paged.oracle import layouts, metadata
-from paged.oracle.declarations import Capabilities
-from paged.oracle.foreign import (
+from paged.oracle.adapters.foreign import (
     NO_ARGUMENT,
     NO_BLOCKS,
     NO_PADDING,
@@ -26,6 +25,7 @@ from paged.oracle.foreign import (
     one_number,
     window_left,
 )
+from paged.oracle.declarations import Capabilities
 from paged.oracle.inputs import Inputs
 
 

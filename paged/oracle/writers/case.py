@@ -5,7 +5,7 @@ A writer puts the keys and values of T new tokens into the slots of a pool ("res
     write(key, value, key_cache, value_cache, slot_mapping, *, k_scale, v_scale)        in place, returns nothing
 
 A case says which positions of which sequences are written, how their blocks lie in the pool and how all these tensors
-lie in memory; `paged.oracle.write_inputs` makes them.
+lie in memory; `paged.oracle.writers.inputs` makes them.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from paged.oracle.codes import QUANTISED
 from paged.oracle.declarations import QUERY_DTYPES
+from paged.oracle.writers.codes import QUANTISED
 
 STORED_DTYPES = (*QUERY_DTYPES, *QUANTISED)
 ORDERS = ("identity", "reversed", "shuffled")

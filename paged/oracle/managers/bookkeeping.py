@@ -1,17 +1,17 @@
 """The model beside a manager: carries out operations as an engine would, and keeps books of what must come of them.
 
 After an operation the judge copies the blocks that it was told to copy and writes the new tokens through the sequence's
-table, as the model would that a manager works for. Then everything is checked (paged/oracle/books.py).
+table, as the model would that a manager works for. Then everything is checked (paged/oracle/managers/books.py).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from paged.blocks import blocks_for
-from paged.oracle.asking import Asking, ManagerFault, Refused
-from paged.oracle.books import FINDS, READS, Books, Known
-from paged.oracle.manager_protocol import ManagerCapabilities
-from paged.oracle.operations import ManagerCase, Operation
+from paged.oracle.managers.asking import Asking, ManagerFault, Refused
+from paged.oracle.managers.books import FINDS, READS, Books, Known
+from paged.oracle.managers.operations import ManagerCase, Operation
+from paged.oracle.managers.protocol import ManagerCapabilities
 from reference.tagged_memory import WrongRead, WrongWrite
 
 
@@ -19,7 +19,7 @@ class Bookkeeping:
     """Runs a list of operations on a manager, and checks everything after each.
 
     Args:
-        manager: with the verbs of `paged.oracle.manager_protocol`.
+        manager: with the verbs of `paged.oracle.managers.protocol`.
         case: its pool and the operations.
         capabilities: what is declared.
         words: grows by each operation, in words, when it begins.
@@ -28,7 +28,7 @@ class Bookkeeping:
         done: kinds of operations that were carried out, and "refused".
 
     Example:
-        >>> from paged.oracle.manager_protocol import OwnBlocks
+        >>> from paged.oracle.managers.protocol import OwnBlocks
         >>> words = []
         >>> operations = (Operation("allocate", num_tokens=6), Operation("fork"), Operation("append", 1))
         >>> Bookkeeping(OwnBlocks(8, 4), ManagerCase(8, 4, operations), OwnBlocks.CAPABILITIES, words).run()

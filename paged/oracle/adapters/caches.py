@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from paged.oracle import layouts
-from paged.oracle.declarations import Capabilities
-from paged.oracle.foreign import (
+from paged.oracle.adapters.foreign import (
     ONE_SHAPE,
     Arguments,
     Foreign,
     contract_wishes,
     spaced,
 )
+from paged.oracle.declarations import Capabilities
 from paged.oracle.inputs import Inputs
 
 

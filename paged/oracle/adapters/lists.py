@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from paged.oracle import layouts, metadata
-from paged.oracle.declarations import Capabilities
-from paged.oracle.foreign import (
+from paged.oracle.adapters.foreign import (
     NO_ARGUMENT,
     NO_PADDING,
     ONE_NUMBER,
@@ -29,6 +28,7 @@ from paged.oracle.foreign import (
     spaced,
     window_left,
 )
+from paged.oracle.declarations import Capabilities
 from paged.oracle.inputs import Inputs
 
 
