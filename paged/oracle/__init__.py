@@ -6,8 +6,9 @@
     print(report)
 
 A kernel is called on cases whose right answer is known in float64, with a bound for every element that follows from
-where the kernel says it rounds. To be read in this order: declarations, case, values, recipes, inputs, expected, judge,
-syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, verify.
+where the kernel says it rounds. To be read in this order: declarations, case, values, recipes, inputs, expected, rows,
+judge, guard, calls, syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, verify; writers and
+managers of blocks have rooms of their own.
 """
 
 from importlib.util import find_spec

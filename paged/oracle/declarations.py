@@ -7,7 +7,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 Granularity = Literal["tensor", "head", "token"]
@@ -184,6 +184,10 @@ class Roundoffs:
     keys: float
     exp: float
     tanh: float
+
+    def without_queries(self) -> "Roundoffs":
+        """The same but for the query, which is not rounded."""
+        return replace(self, queries=0.0)
 
 
 @dataclass(frozen=True)

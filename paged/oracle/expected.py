@@ -93,6 +93,7 @@ class Expected:
         weight: [T, Hq, Dv] sum_j p_j |v_jd|, what an error is measured against.
         concentration: [T, Hq] sum_j p_j^2 over the keys' own shares, one over how many there are in effect.
         empty: [T] rows that see no key.
+        problem, roundoffs: what it is the answer to, and where the kernel rounds.
     """
 
     out: Tensor
@@ -103,6 +104,8 @@ class Expected:
     weight: Tensor
     concentration: Tensor
     empty: Tensor
+    problem: Problem
+    roundoffs: Roundoffs
 
 
 def answer(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,7 @@ def answer(problem: Problem) -> tuple[Tensor, Tensor]:
     """
     outs, lses = [], []
     for index in range(len(problem.queries)):
-        weights, lse, _ = _weights(problem, index)
+        weights, lse, _ = weights_of(problem, index)
         value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
         outs.append(torch.einsum("hqn,nhd->qhd", weights, value))
         lses.append(lse.T)
@@ -149,17 +152,17 @@ def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, recipe: str
     empty = _empty(problem)
     out, lse = _by_convention(problem, out, lse, empty)
     unit = LN_2 if problem.lse_base == "2" else 1.0
-    return Expected(out, lse, bound, lse_bound / unit, deviation, weight, concentration, empty)
+    return Expected(out, lse, bound, lse_bound / unit, deviation, weight, concentration, empty, problem, roundoffs)
 
 
 def _solve_sequence(
     problem: Problem, index: int, u: Roundoffs, out_dtype: str, recipe: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything of one sequence's rows, in the order of `solve`."""
-    weights, lse, scores = _weights(problem, index)  # [Hq, Q, n], [Hq, Q], [Hq, Q, n]
+    weights, lse, scores = weights_of(problem, index)  # [Hq, Q, n], [Hq, Q], [Hq, Q, n]
     value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
     n = len(value)
-    eta, variance, slope = _score_errors(problem, index, u, scores)  # [Hq, Q, n]
+    eta, variance, slope = score_errors(problem, index, u, scores)  # [Hq, Q, n]
 
     out = torch.einsum("hqn,nhd->qhd", weights, value)
     weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
@@ -183,7 +186,7 @@ def _solve_sequence(
     deviation = (deviation + (RMS * u.split) ** 2 * (squares + out**2)).sqrt() + SMALLEST[out_dtype]
     sums = 8 * math.sqrt(n) * u.acc + 4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)
     # The log-sum-exp is over the keys alone, so a sink takes nothing from their shares.
-    shares = weights if problem.sinks is None else _weights(problem.replace(sinks=None), index)[0]
+    shares = weights if problem.sinks is None else weights_of(problem.replace(sinks=None), index)[0]
     lse_bound = (shares * eta).sum(dim=2) + sums
     if recipe == "random":
         # A query is rounded once for all its keys, so these errors do not average out: they meet the keys' mean.
@@ -195,7 +198,7 @@ def _solve_sequence(
     return out, lse.T, bound, lse_bound.T, deviation, weight, (shares**2).sum(dim=2).T
 
 
-def _weights(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
+def weights_of(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [Hq, Q, n] (their sum leaves room for a sink), log-sum-exp of the keys [Hq, Q], scores [Hq, Q, n]."""
     query, key = problem.queries[index], problem.keys[index][:, problem.kv_heads]
     scores = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
@@ -216,8 +219,14 @@ def _weights(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
     return weights, lse, scores.nan_to_num(neginf=0.0)
 
 
-def _score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """eta, the variance of each score's error, and the cap's slope, which is 1 without one: [Hq, Q, n] each."""
+def score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """eta, the variance of each score's error, and the cap's slope, which is 1 without one: [Hq, Q, n] each.
+
+    Args:
+        problem, index: which sequence of it.
+        u: where the kernel rounds.
+        scores: [Hq, Q, n] as `weights_of` gives them.
+    """
     query, key = problem.queries[index], problem.keys[index][:, problem.kv_heads]
     terms = key.shape[2] + 4
     product = problem.scale * torch.einsum("qhd,nhd->hqn", query.abs(), key.abs())

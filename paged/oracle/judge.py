@@ -8,15 +8,10 @@ Four checks, in the order of what they prove:
     log-sum-exp      the same for the second result
     row statistics   random numbers, 16-bit outputs: a row's errors are within the bound, but too large all together
 
-The last one is for what hides below the bounds. The error of each element over its deviation is about normal, so their
-mean square over Dv elements is chi-square, and a row is flagged where its chance is below 1e-9 over all rows (quantile
-by Wilson and Hilferty 1931). It needs many keys in effect, at least 16, all of them different, for roundings to be
-independent.
+The last one is for what hides below the bounds; paged/oracle/rows.py has it.
 """
 
-import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -25,6 +20,7 @@ from paged.oracle.calls import Result
 from paged.oracle.case import EXACT, Case
 from paged.oracle.declarations import ROUNDOFF, Conventions
 from paged.oracle.expected import Expected
+from paged.oracle.rows import unlikely_rows
 
 NAN, PROBE, BOUND, LSE, STATISTICS = "not a number", "exact probe", "hard bound", "log-sum-exp", "row statistics"
 EVIDENCE = {
@@ -34,7 +30,6 @@ EVIDENCE = {
     LSE: "proof, given the profile",
     STATISTICS: "statistical, one in 10^9",
 }
-FEWEST_KEYS = 16
 
 
 @dataclass(frozen=True)
@@ -106,23 +101,11 @@ def judge(case: Case, result: Result, expected: Expected, conventions: Conventio
         findings += lse_findings
     halves = case.dtype in ("float16", "bfloat16")
     if case.recipe == "random" and halves and case.repeat is None and not bad.any():
-        row_findings, slack[STATISTICS] = _judge_rows(out, expected, error)
+        row_findings, slack[STATISTICS] = _judge_rows(expected, error)
         findings += row_findings
     whole = expected.weight.amax(dim=2)  # [T, Hq]
     decided = (expected.bound.amin(dim=2) < whole / 2) | (whole == 0)
     return Judgement(tuple(findings), slack, int((~decided.any(dim=1)).sum()))
-
-
-def row_limit(num_dims: int, num_rows: int) -> float:
-    """How large a row's root mean square may be, in units of what is expected.
-
-    Example:
-        >>> round(row_limit(64, 100), 2), round(row_limit(8, 100), 2)
-        (1.64, 3.02)
-    """
-    z = NormalDist().inv_cdf(1 - 1e-9 / max(1, num_rows))
-    spread = 2 / (9 * num_dims)
-    return math.sqrt((1 - spread + z * math.sqrt(spread)) ** 3)
 
 
 def _judge_lse(lse: Tensor, expected: Expected, conventions: Conventions) -> tuple[list[Finding], float]:
@@ -137,17 +120,15 @@ def _judge_lse(lse: Tensor, expected: Expected, conventions: Conventions) -> tup
     return ([_at_worst(LSE, ratio, got, expected.lse, error, allowed)] if worst > 1 else []), worst
 
 
-def _judge_rows(out: Tensor, expected: Expected, error: Tensor) -> tuple[list[Finding], float]:
-    # A dim in which nothing may be lost (deviation almost 0) has no statistics.
-    ratio = torch.where(expected.deviation > 1e-30, error / expected.deviation, 0.0)
-    size = ratio.square().mean(dim=2).sqrt()  # [T, Hq]
-    size = torch.where((expected.concentration <= 1 / FEWEST_KEYS) & ~expected.empty[:, None], size, 0.0)
-    limit = row_limit(out.shape[2], size.numel())
-    worst = float(size.max()) / limit if size.numel() else 0.0
-    if worst <= 1:
-        return [], worst
-    zeros = torch.zeros_like(size)
-    return [_at_worst(STATISTICS, size / limit, zeros, zeros, size, zeros + limit)], worst
+def _judge_rows(expected: Expected, error: Tensor) -> tuple[list[Finding], float]:
+    rows, share = unlikely_rows(expected, error)
+    if not rows:
+        return [], share
+    worst = rows[0]
+    heads = sum(other.row == worst.row for other in rows)
+    num_rows = len({other.row for other in rows})
+    at = (STATISTICS, worst.row, worst.head, None)
+    return [Finding(*at, 0.0, 0.0, error=worst.size, allowed=worst.limit, heads=heads, rows=num_rows)], share
 
 
 def _errors(got: Tensor, expected: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from itertools import cycle, product
 
 from hypothesis import strategies as st
 
+from paged.oracle.drawn import integers, lengths
 from paged.oracle.writers.case import WriteCapabilities, WriteCase
 from paged.oracle.writers.codes import QUANTISED
 
@@ -124,8 +125,7 @@ def cases(draw: st.DrawFn, can: WriteCapabilities) -> WriteCase:
     dtype, kv_dtype = draw(st.sampled_from(_dtypes(can)))
     size, width = draw(st.sampled_from(can.block_sizes)), draw(st.sampled_from(can.head_dims))
     count = draw(st.integers(0, 4))
-    starts = st.integers(0, 3 * size)
-    sequences = tuple((draw(starts), draw(st.integers(0, 2 * size))) for _ in range(count))
+    sequences = tuple((draw(integers(0, 3 * size)), draw(lengths(0, size, 2))) for _ in range(count))
     duplicates = can.duplicate_slots is not None and draw(st.booleans())
     features: dict[str, object] = {
         "recipe": one_of(recipes_of(can, dtype, kv_dtype)),
@@ -140,7 +140,7 @@ def cases(draw: st.DrawFn, can: WriteCapabilities) -> WriteCase:
         "strides": one_of(("dense", *_strides(can))) if can.strided_caches else "dense",
         "slot_dtype": one_of(can.slot_dtypes),
         "num_kv_heads": draw(st.integers(1, 4)),
-        "seed": draw(st.integers(0, 1 << 16)),
+        "seed": draw(integers(0, (1 << 16) - 1)),
     }
     return WriteCase(
         sequences=sequences,
