@@ -163,7 +163,7 @@ def test_the_answer_is_that_of_decimal_arithmetic(
         dtype="float64", kv_dtype="float64",
     )  # fmt: skip
     inputs = materialise(case)
-    expected = solve(inputs.problem, Profile().roundoffs("float64"), out_dtype="float64", recipe=recipe)
+    expected = solve(inputs.problem, Profile().roundoffs("float64"), recipe=recipe)
     out, lse = answer(inputs.problem)
     right, right_lse = (torch.tensor(found, dtype=torch.float64) for found in by_decimals(inputs))
     assert torch.equal(out, expected.out)
@@ -176,8 +176,8 @@ def test_bounds_are_tight_enough_to_tell_a_rounding_from_a_fault():
     """An answer in bfloat16 arithmetic is outside of the bound for float32, and inside of its own."""
     case = Case(sequences=((1, 60),), dtype="float32", kv_dtype="float32")
     inputs = materialise(case)
-    expected = solve(inputs.problem, Profile().roundoffs("float32"), out_dtype="float32")
-    coarse = solve(inputs.problem, Profile(p_dtype="bfloat16").roundoffs("float32"), out_dtype="float32")
+    expected = solve(inputs.problem, Profile().roundoffs("float32"))
+    coarse = solve(inputs.problem, Profile(p_dtype="bfloat16").roundoffs("float32"))
     problem = inputs.problem
     scores = torch.einsum("qhd,nhd->hqn", problem.queries[0], problem.keys[0]) * problem.scale
     weights = scores.softmax(-1).bfloat16().double()
@@ -244,7 +244,7 @@ def test_how_far_a_rows_errors_spread(weights_rounded):
     case = Case(sequences=((1, 60),), query_group=2, head_dim=128, value_dim=128, dtype="bfloat16", kv_dtype="bfloat16")
     problem, profile = materialise(case).problem, Profile(p_dtype="bfloat16" if weights_rounded else "float32")
     profile = profile if weights_rounded else replace(profile, q_prescale_dtype="bfloat16")
-    expected = solve(problem, replace(profile.roundoffs("bfloat16"), out=0.0), out_dtype="bfloat16")
+    expected = solve(problem, replace(profile.roundoffs("bfloat16"), out=0.0))
     noise = torch.Generator().manual_seed(0)
     errors = torch.stack([rounded_by_definition(problem, weights_rounded, noise) for _ in range(4000)]) - expected.out
     for head in range(2):
@@ -260,7 +260,7 @@ def test_a_row_that_shares_a_rounded_query_is_not_flagged():
     sizes = {"num_kv_heads": 2, "query_group": 3, "head_dim": 128, "value_dim": 128}
     case = Case(sequences=((1, 140),), **sizes, dtype="bfloat16", kv_dtype="bfloat16", seed=962)
     problem = materialise(case).problem
-    expected = solve(problem, Profile(q_prescale_dtype="bfloat16").roundoffs("bfloat16"), out_dtype="bfloat16")
+    expected = solve(problem, Profile(q_prescale_dtype="bfloat16").roundoffs("bfloat16"))
     error = (rounded_by_definition(problem, False).bfloat16().double() - expected.out).abs()
     assert (error / expected.deviation).square().mean(dim=2).sqrt()[0, 5] > row_limit(128, 6)
     rows, share = unlikely_rows(expected, error)

@@ -27,6 +27,16 @@ ROUNDOFF = {
     "float8_e4m3fn": 2.0**-4,
     "float8_e5m2": 2.0**-3,
 }
+# The least positive numbers that are sure to be kept: GPUs flush subnormal ones of float32 and bfloat16 to 0.
+LEAST = {
+    "float64": 2.0**-1022,
+    "float32": 2.0**-126,
+    "tfloat32": 2.0**-126,
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-126,
+    "float8_e4m3fn": 2.0**-9,
+    "float8_e5m2": 2.0**-16,
+}
 
 
 @dataclass(frozen=True)
@@ -169,12 +179,17 @@ class Profile:
             keys=of(self.kv_dequant_dtype) + of(self.operand_dtype),
             exp=(2.0**-50 if exact else 2.0**-22) if self.exp_rel is None else self.exp_rel,
             tanh=(2.0**-50 if exact else 2.0**-11) if self.tanh_rel is None else self.tanh_rel,
+            least_out=LEAST[query_dtype],
+            least_weight=max(LEAST[p_dtype], LEAST[acc]),
         )
 
 
 @dataclass(frozen=True)
 class Roundoffs:
-    """A `Profile` in unit roundoffs: out, weights, sums, partials, queries, keys and values, exponential, tanh."""
+    """A `Profile` in unit roundoffs: out, weights, sums, partials, queries, keys and values, exponential, tanh.
+
+    And where numbers vanish: outputs, and weights as shares of their row's largest.
+    """
 
     out: float
     weights: float
@@ -184,6 +199,8 @@ class Roundoffs:
     keys: float
     exp: float
     tanh: float
+    least_out: float
+    least_weight: float
 
     def without_queries(self) -> "Roundoffs":
         """The same but for the query, which is not rounded."""

@@ -9,7 +9,8 @@ final scores s_j, values v_jd and outputs o_d, and unit roundoffs u of a `Profil
     |error of o_d| <= u_P max(sum_j p_j |v_jd|, sum_j p_j |v_jd - o_d|)   weights rounded before they meet V
           + 2 sum_j p_j |v_jd - o_d| eta_j                            softmax of scores that are off by eta_j
           + (8 sqrt(n) u_acc + u_split + u_k) sum_j p_j |v_jd|        sums, partials, values
-          + (u_out + 4 u_acc (|lse| + 1)) |o_d| + the smallest number of the output's dtype
+          + (u_out + 4 u_acc (|lse| + 1)) |o_d| + least_out
+          + sum_j min(p_j, least_P max_j p_j) |v_jd|                  weights too small for the dtype of P
     |error of lse| <= sum_j p_j eta_j + 8 sqrt(n) u_acc + 4 u_acc (|lse| + 1)
 
 f is 1, or with a softcap its largest slope within the error of the score, 1 - tanh^2: where the cap is reached, the
@@ -24,8 +25,11 @@ weights are normalised before (1 / n is rounded) off by n roundings that are all
     |error of o_d| <= (u_out + u_P + n u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
           + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
 
+and what vanishes, as above. Numbers that are subnormal in float32 or bfloat16 may be flushed to 0, as GPUs do.
+
 For random numbers the errors of scores are independent, and the log-sum-exp's is at most 6 standard deviations of
-theirs, plus (2 sqrt(n) + 8 (|lse| + 1)) u_acc. Not so those of a rounded query, which all its keys share: they add up
+theirs, plus (2 sqrt(n) + 8 (|lse| + 1)) u_acc. Not so those of an approximate exp or tanh, which may be off to the same
+side for all keys, and count as they are; nor those of a rounded query, which all its keys share: they add up
 to RMS u_q scale |q_i| |sum_j p_j k_ji|, independent only over dims. For outputs of 16 bits, `deviation` is what the
 error of an element should be on average: 0.4247 u of a number for every rounding, the root mean square when
 significands are spread as logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
@@ -33,6 +37,7 @@ significands are spread as logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +46,6 @@ from paged.oracle.case import EXACT
 from paged.oracle.declarations import Roundoffs
 
 RMS = 0.4247
-SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 LN_2 = math.log(2.0)
 # The products of queries, keys and dims that are held at once.
 MOST_NUMBERS = 1 << 22
@@ -128,24 +132,23 @@ def answer(problem: Problem) -> tuple[Tensor, Tensor]:
     return _by_convention(problem, torch.cat(outs), torch.cat(lses), empty)
 
 
-def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, recipe: str = "random") -> Expected:
+def solve(problem: Problem, roundoffs: Roundoffs, *, recipe: str = "random") -> Expected:
     """What is right and how far from it a right kernel may be.
 
     Args:
         problem: as meant.
         roundoffs: where the kernel rounds.
-        out_dtype: of its output.
         recipe: of the numbers; exact ones and random ones need less room than any others.
 
     Example: three equal scores in float32.
         >>> from paged.oracle.declarations import Profile
         >>> keys, values = torch.zeros(3, 1, 4, dtype=torch.float64), torch.ones(3, 1, 4, dtype=torch.float64)
         >>> problem = Problem((keys[:1],), (keys,), (values,), (2,), torch.tensor([0]), scale=1.0)
-        >>> expected = solve(problem, Profile().roundoffs("float32"), out_dtype="float32")
+        >>> expected = solve(problem, Profile().roundoffs("float32"))
         >>> expected.out[0, 0, 0].item(), bool(expected.bound.max() < 2e-6)
         (1.0, True)
     """
-    parts = [_solve_sequence(problem, index, roundoffs, out_dtype, recipe) for index in range(len(problem.queries))]
+    parts = [_solve_sequence(problem, index, roundoffs, recipe) for index in range(len(problem.queries))]
     out, lse, bound, lse_bound, deviation, weight, concentration = (
         torch.cat(columns) for columns in zip(*parts, strict=True)
     )
@@ -156,13 +159,13 @@ def solve(problem: Problem, roundoffs: Roundoffs, *, out_dtype: str, recipe: str
 
 
 def _solve_sequence(
-    problem: Problem, index: int, u: Roundoffs, out_dtype: str, recipe: str
+    problem: Problem, index: int, u: Roundoffs, recipe: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything of one sequence's rows, in the order of `solve`."""
     weights, lse, scores = weights_of(problem, index)  # [Hq, Q, n], [Hq, Q], [Hq, Q, n]
     value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
     n = len(value)
-    eta, variance, slope = score_errors(problem, index, u, scores)  # [Hq, Q, n]
+    eta, variance, slope, alike = score_errors(problem, index, u, scores)  # [Hq, Q, n]
 
     out = torch.einsum("hqn,nhd->qhd", weights, value)
     weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
@@ -176,14 +179,15 @@ def _solve_sequence(
     else:
         bound = u.weights * torch.maximum(weight, spread) + 2 * shaken
         bound += (8 * math.sqrt(n) * u.acc + u.split + u.keys) * weight + u.out * out.abs()
-    bound += SMALLEST[out_dtype]
+    vanishing = torch.minimum(weights, u.least_weight * weights.amax(dim=2, keepdim=True)) if n else weights
+    bound += torch.einsum("hqn,nhd->qhd", vanishing, value.abs()) + u.least_out
     bound += (4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)).T[..., None] * out.abs()
     squares = torch.einsum("hqn,nhd->qhd", weights**2, value**2)
     turned = weights**2 * variance  # sum_j p_j^2 sigma_j^2 (v_jd - o_d)^2, multiplied out
     moved = torch.einsum("hqn,nhd->qhd", turned, value**2) - 2 * out * torch.einsum("hqn,nhd->qhd", turned, value)
     moved = (moved + out**2 * turned.sum(dim=2).T[..., None]).clamp(min=0)
     deviation = (RMS * (u.weights + u.keys)) ** 2 * squares + (RMS * u.out) ** 2 * out**2 + moved
-    deviation = (deviation + (RMS * u.split) ** 2 * (squares + out**2)).sqrt() + SMALLEST[out_dtype]
+    deviation = (deviation + (RMS * u.split) ** 2 * (squares + out**2)).sqrt() + u.least_out
     sums = 8 * math.sqrt(n) * u.acc + 4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)
     # The log-sum-exp is over the keys alone, so a sink takes nothing from their shares.
     shares = weights if problem.sinks is None else weights_of(problem.replace(sinks=None), index)[0]
@@ -193,7 +197,7 @@ def _solve_sequence(
         mean_key = torch.einsum("hqn,nhd->qhd", shares * slope, problem.keys[index][:, problem.kv_heads])
         common = (RMS * u.queries * problem.scale * problem.queries[index] * mean_key).square().sum(dim=2).T
         likely = 6 * ((shares**2 * variance).sum(dim=2) + common).sqrt()
-        likely += (2 * math.sqrt(n) + 8 * (lse.abs() + 1)) * u.acc
+        likely += (shares * alike).sum(dim=2) + (2 * math.sqrt(n) + 8 * (lse.abs() + 1)) * u.acc
         lse_bound = torch.minimum(lse_bound, likely)
     return out, lse.T, bound, lse_bound.T, deviation, weight, (shares**2).sum(dim=2).T
 
@@ -219,8 +223,24 @@ def weights_of(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
     return weights, lse, scores.nan_to_num(neginf=0.0)
 
 
-def score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """eta, the variance of each score's error, and the cap's slope, which is 1 without one: [Hq, Q, n] each.
+class ScoreErrors(NamedTuple):
+    """How far scores may be off: [Hq, Q, n] each.
+
+    Attributes:
+        eta: at most.
+        variance: of what is independent from key to key.
+        slope: of the cap, 1 without one.
+        alike: at most, of what an approximate function may do alike to all keys.
+    """
+
+    eta: Tensor
+    variance: Tensor
+    slope: Tensor
+    alike: Tensor
+
+
+def score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> ScoreErrors:
+    """How far the scores of a sequence may be off.
 
     Args:
         problem, index: which sequence of it.
@@ -232,15 +252,18 @@ def score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> 
     product = problem.scale * torch.einsum("qhd,nhd->hqn", query.abs(), key.abs())
     eta = (u.queries + u.keys + terms * u.acc) * product
     farthest = 0.0 if problem.slopes is None else problem.slopes.abs()[:, None, None] * key.shape[0]
-    after, slope = 4 * u.acc * (scores.abs() + farthest + 1) + u.exp, torch.ones((), dtype=eta.dtype)
+    after, slope = 4 * u.acc * (scores.abs() + farthest + 1), torch.ones((), dtype=eta.dtype)
+    alike = torch.full((), u.exp, dtype=eta.dtype)
     if problem.softcap is not None:
         plain = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
         slope = 1 - torch.tanh((plain.abs() - eta).clamp(min=0) / problem.softcap) ** 2
         capped = problem.softcap * torch.tanh(plain / problem.softcap)
-        after = after + 4 * u.acc * problem.softcap + u.tanh * capped.abs()
+        after = after + 4 * u.acc * problem.softcap
+        alike = alike + u.tanh * capped.abs()
     relative = ((RMS * (u.queries + u.keys)) ** 2 + terms * u.acc**2) * problem.scale**2
     variance = relative * torch.einsum("qhd,nhd->hqn", query**2, key**2)
-    return eta * slope + after, variance * slope**2 + after**2, slope
+    variance = variance * slope**2 + (after + alike) ** 2
+    return ScoreErrors(eta * slope + after + alike, variance, slope, alike)
 
 
 def _distance(problem: Problem, index: int) -> Tensor:

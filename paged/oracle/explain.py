@@ -74,7 +74,7 @@ def _explains(alternative: Alternative, call: Call, profile: Profile, convention
     far = (result.out.double() - out).abs().nan_to_num(posinf=0.0) > 0.1 * (1 + out.abs())
     if far.any():
         return False
-    expected = solve(alternative.problem, profile.roundoffs(case.dtype), out_dtype=case.dtype, recipe=case.recipe)
+    expected = solve(alternative.problem, profile.roundoffs(case.dtype), recipe=case.recipe)
     return judge(case, result, expected, conventions).ok
 
 

@@ -94,12 +94,12 @@ def spread(expected: Expected, row: int, head: int) -> tuple[Tensor, float]:
     out = expected.out[row, head]
     key = problem.keys[sequence][:, problem.kv_heads[head]]  # [n, D]
     value = problem.values[sequence][:, problem.kv_heads[head]]  # [n, Dv]
-    _, variance, slope = score_errors(problem, sequence, u.without_queries(), weights_of(problem, sequence)[2])
+    errors = score_errors(problem, sequence, u.without_queries(), weights_of(problem, sequence)[2])
     moved = weight[:, None] * (value - out)  # what one unit of a score's error does
     # One row for each rounding that moves several elements.
     weights = RMS * u.weights * weight[:, None] * value
-    scores = variance[head, query].sqrt()[:, None] * moved
-    keys_seen = key * slope.expand_as(variance)[head, query, :, None]
+    scores = errors.variance[head, query].sqrt()[:, None] * moved
+    keys_seen = key * errors.slope.expand_as(errors.variance)[head, query, :, None]
     queries = RMS * u.queries * problem.scale * problem.queries[sequence][query, head][:, None] * (keys_seen.T @ moved)
     shared = torch.cat([weights, scores, queries])  # [n + n + D, Dv]
     squares = (weight[:, None] * value).square().sum(dim=0)

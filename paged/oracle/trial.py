@@ -103,7 +103,7 @@ class Trial:
             return Outcome(inputs, result)
         case = inputs.case
         roundoffs = self.profile.roundoffs(case.dtype)
-        expected = solve(inputs.problem, roundoffs, out_dtype=case.dtype, recipe=case.recipe)
+        expected = solve(inputs.problem, roundoffs, recipe=case.recipe)
         return Outcome(inputs, result, judge(case, result, expected, self.conventions), expected)
 
     def affords(self, case: Case) -> bool:

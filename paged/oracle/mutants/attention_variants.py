@@ -132,6 +132,44 @@ class WeightsIn16Bits(Attention):
         return super().weighted(weights.bfloat16().float(), value)
 
 
+@variant(dtypes=("float16",))
+class WeightsInFloat16(Attention):
+    """Weights are rounded to float16, where those below 2^-25 vanish."""
+
+    def weighted(self, weights: Tensor, value: Tensor) -> Tensor:
+        return super().weighted(weights.half().float(), value)
+
+
+@variant(profile=Profile(p_dtype="float8_e4m3fn"), dtypes=("bfloat16",))
+class WeightsIn8BitsDeclared(Attention):
+    """Weights are rounded to four significant bits, which the profile says."""
+
+    def weighted(self, weights: Tensor, value: Tensor) -> Tensor:
+        return super().weighted(weights.to(torch.float8_e4m3fn).float(), value)
+
+
+@variant(dtypes=("bfloat16", "float32"))
+class FlushesSubnormals(Attention):
+    """Numbers below 2^-126 become 0, as on GPUs and where a program asks a CPU for it."""
+
+    def exp(self, scores: Tensor) -> Tensor:
+        return self.flushed(super().exp(scores))
+
+    def weighted(self, weights: Tensor, value: Tensor) -> Tensor:
+        return self.flushed(super().weighted(weights, value))
+
+    def flushed(self, numbers: Tensor) -> Tensor:
+        return torch.where(numbers.abs() < torch.finfo(torch.float32).tiny, 0.0, numbers)
+
+
+@variant(profile=Profile(exp_rel=2.0**-14), dtypes=("bfloat16", "float16"))
+class ApproximateExp(Attention):
+    """An exponential that is off by 5e-5, which the profile says."""
+
+    def exp(self, scores: Tensor) -> Tensor:
+        return super().exp(scores) * (1 - 5e-5 * torch.cos(scores.clamp(min=LOWEST)))
+
+
 @variant()
 class NormalisedFirst(Attention):
     """Weights are divided by their sum before they meet V, not after."""
