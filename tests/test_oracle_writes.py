@@ -273,3 +273,15 @@ def test_every_drawn_case_can_be_made():
         assert all(0 <= slot < inputs.key_cache.view.shape[0] * case.block_size for slot in slots)
 
     made()
+
+
+def test_a_writer_that_fails_a_drawn_case_only_once_is_not_let_off():
+    num_directed, tokens = len(list(directed(WriteCapabilities(), 0, 1))), []
+
+    def now_and_then(key, value, key_cache, value_cache, slot_mapping):
+        tokens.append(len(slot_mapping))
+        if not tokens[-1] or sum(count > 0 for count in tokens[num_directed:]) != 20:
+            pool_write(key, value, key_cache, value_cache, slot_mapping)
+
+    report = verify_write(now_and_then)
+    assert [failure.fault for failure in report.failures] == ["tokens are not written"]
