@@ -34,6 +34,7 @@ from paged.oracle.drawn import cases, search
 from paged.oracle.expected import RMS, Problem, answer, solve
 from paged.oracle.inputs import materialise
 from paged.oracle.managers.operations import cases as manager_cases
+from paged.oracle.mutants.attention_variants import FlushesSubnormals
 from paged.oracle.rows import row_limit, spread, unlikely_rows
 from paged.oracle.values import FIELD_BITS, KEY, VALUE, random_bits, random_values
 from paged.oracle.writers.cases import cases as writer_cases
@@ -422,3 +423,24 @@ def test_what_else_is_loaded_changes_no_draw(tmp_path, monkeypatch):
     importlib.import_module("of_a_stranger")
     assert draws() == before
     assert len(before) > 500
+
+
+def test_numbers_too_small_for_a_dtype_may_vanish():
+    """Where the heaviest token's value is 0, weights that GPUs flush to 0 are all that the output is made of."""
+    case = Case(
+        sequences=((1, 1), (1, 1), (3, 17)),
+        query_group=3,
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        recipe="large",
+        seed=29,
+    )
+    kernel, inputs = FlushesSubnormals(), materialise(case)
+    tensors = (inputs.query, inputs.key_cache, inputs.value_cache)
+    out, _ = kernel(*tensors, inputs.block_tables, inputs.seq_lens, inputs.query_start_loc, scale=inputs.scale)
+    expected = solve(inputs.problem, Profile().roundoffs("bfloat16"))
+    assert ((out == 0) & (expected.out != 0)).any()
+    assert check(kernel, case).ok
+    roundoffs = replace(Profile().roundoffs("bfloat16"), least_out=0.0, small_weights=(0.0, 0.0))
+    strict = solve(inputs.problem, roundoffs)
+    assert ((out.double() - expected.out).abs() > strict.bound).any()

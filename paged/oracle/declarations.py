@@ -27,15 +27,16 @@ ROUNDOFF = {
     "float8_e4m3fn": 2.0**-4,
     "float8_e5m2": 2.0**-3,
 }
-# The least positive numbers that are sure to be kept: GPUs flush subnormal ones of float32 and bfloat16 to 0.
-LEAST = {
-    "float64": 2.0**-1022,
-    "float32": 2.0**-126,
-    "tfloat32": 2.0**-126,
-    "float16": 2.0**-24,
-    "bfloat16": 2.0**-126,
-    "float8_e4m3fn": 2.0**-9,
-    "float8_e5m2": 2.0**-16,
+# Below the first number, rounding is off by up to the second, and no longer by a share of what is rounded. GPUs flush
+# what is subnormal in float32 and bfloat16 to 0.
+SUBNORMAL = {
+    "float64": (2.0**-1022, 2.0**-1022),
+    "float32": (2.0**-126, 2.0**-126),
+    "tfloat32": (2.0**-126, 2.0**-126),
+    "float16": (2.0**-14, 2.0**-25),
+    "bfloat16": (2.0**-126, 2.0**-126),
+    "float8_e4m3fn": (2.0**-6, 2.0**-10),
+    "float8_e5m2": (2.0**-14, 2.0**-17),
 }
 
 
@@ -179,8 +180,8 @@ class Profile:
             keys=of(self.kv_dequant_dtype) + of(self.operand_dtype),
             exp=(2.0**-50 if exact else 2.0**-22) if self.exp_rel is None else self.exp_rel,
             tanh=(2.0**-50 if exact else 2.0**-11) if self.tanh_rel is None else self.tanh_rel,
-            least_out=LEAST[query_dtype],
-            least_weight=max(LEAST[p_dtype], LEAST[acc]),
+            least_out=2 * SUBNORMAL[query_dtype][1],
+            small_weights=max(SUBNORMAL[p_dtype], SUBNORMAL[acc]),
         )
 
 
@@ -188,7 +189,7 @@ class Profile:
 class Roundoffs:
     """A `Profile` in unit roundoffs: out, weights, sums, partials, queries, keys and values, exponential, tanh.
 
-    And where numbers vanish: outputs, and weights as shares of their row's largest.
+    And what small numbers lose: outputs up to `least_out`, weights as in SUBNORMAL.
     """
 
     out: float
@@ -200,7 +201,7 @@ class Roundoffs:
     exp: float
     tanh: float
     least_out: float
-    least_weight: float
+    small_weights: tuple[float, float]
 
     def without_queries(self) -> "Roundoffs":
         """The same but for the query, which is not rounded."""

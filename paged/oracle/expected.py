@@ -10,7 +10,7 @@ final scores s_j, values v_jd and outputs o_d, and unit roundoffs u of a `Profil
           + 2 sum_j p_j |v_jd - o_d| eta_j                            softmax of scores that are off by eta_j
           + (8 sqrt(n) u_acc + u_split + u_k) sum_j p_j |v_jd|        sums, partials, values
           + (u_out + 4 u_acc (|lse| + 1)) |o_d| + least_out
-          + sum_j min(p_j, least_P max_j p_j) |v_jd|                  weights too small for the dtype of P
+          + sum of min(p_j, lost) |v_jd| over p_j < least             weights that are subnormal in the dtype of P
     |error of lse| <= sum_j p_j eta_j + 8 sqrt(n) u_acc + 4 u_acc (|lse| + 1)
 
 f is 1, or with a softcap its largest slope within the error of the score, 1 - tanh^2: where the cap is reached, the
@@ -25,7 +25,8 @@ weights are normalised before (1 / n is rounded) off by n roundings that are all
     |error of o_d| <= (u_out + u_P + n u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
           + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
 
-and what vanishes, as above. Numbers that are subnormal in float32 or bfloat16 may be flushed to 0, as GPUs do.
+and what is subnormal, as above: less than 2^-14 in float16, where rounding is off by 2^-25; less than 2^-126 in
+float32 and bfloat16, where GPUs and vectorised exponentials give 0.
 
 For random numbers the errors of scores are independent, and the log-sum-exp's is at most 6 standard deviations of
 theirs, plus (2 sqrt(n) + 8 (|lse| + 1)) u_acc. Not so those of an approximate exp or tanh, which may be off to the same
@@ -170,8 +171,8 @@ def _solve_sequence(
     out = torch.einsum("hqn,nhd->qhd", weights, value)
     weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
     spread, shaken = _centred(weights, weights * eta, value, out)
+    rounded = torch.where(_dyadic(weights), 0.0, weights) if recipe in EXACT else weights
     if recipe in EXACT:
-        rounded = torch.where(_dyadic(weights), 0.0, weights)
         bound = (u.out + u.weights + max(n, 8 * math.sqrt(n)) * u.acc) * out.abs()
         bound += u.weights * torch.einsum("hqn,nhd->qhd", rounded, value.abs())
         bound += 2 * shaken + (u.split + u.keys) * weight
@@ -179,8 +180,7 @@ def _solve_sequence(
     else:
         bound = u.weights * torch.maximum(weight, spread) + 2 * shaken
         bound += (8 * math.sqrt(n) * u.acc + u.split + u.keys) * weight + u.out * out.abs()
-    vanishing = torch.minimum(weights, u.least_weight * weights.amax(dim=2, keepdim=True)) if n else weights
-    bound += torch.einsum("hqn,nhd->qhd", vanishing, value.abs()) + u.least_out
+    bound += torch.einsum("hqn,nhd->qhd", _lost(rounded, u), value.abs()) + u.least_out
     bound += (4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)).T[..., None] * out.abs()
     squares = torch.einsum("hqn,nhd->qhd", weights**2, value**2)
     turned = weights**2 * variance  # sum_j p_j^2 sigma_j^2 (v_jd - o_d)^2, multiplied out
@@ -295,6 +295,16 @@ def _centred(weights: Tensor, shaken: Tensor, value: Tensor, out: Tensor) -> tup
             both = torch.stack([weights[head, rows], shaken[head, rows]], dim=1)  # [q, 2, n]
             spread[rows, head], moved[rows, head] = (both @ distance).unbind(dim=1)
     return spread, moved
+
+
+def _lost(weights: Tensor, u: Roundoffs) -> Tensor:
+    """[Hq, Q, n] how much of each weight may be lost because it is subnormal in the dtype of P."""
+    below, error = u.small_weights
+    if u.weights > 2.0**-8 and weights.shape[2]:
+        # 8 bits hold weights as shares of their row's largest: of a sum of many they would hold nothing.
+        top = weights.amax(dim=2, keepdim=True)
+        return torch.where(weights < below * top, torch.minimum(weights, error * top), 0.0)
+    return torch.where(weights < below, weights.clamp(max=error), 0.0)
 
 
 def _dyadic(weights: Tensor) -> Tensor:
