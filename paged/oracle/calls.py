@@ -11,10 +11,8 @@ from torch import Tensor
 
 from paged.oracle.adapters import Adapter, Kernel
 from paged.oracle.declarations import Capabilities
-from paged.oracle.guard import FIRST_CALL, Guard, Mishap, in_a_line
-from paged.oracle.inputs import Inputs
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from paged.oracle.guard import FIRST_CALL, Guard, Mishap, in_a_line, written
+from paged.oracle.inputs import Inputs, NoRoom
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,16 @@ class Caller:
         return self._guard.hung
 
     def __call__(self, inputs: Inputs) -> Result | Mishap:
-        """Call the kernel once; what it returned, checked for everything but its numbers."""
+        """Call the kernel once; what it returned, checked for everything but its numbers.
+
+        Raises:
+            NoRoom: the adapter could not make the caches of a case.
+        """
         before = {name: tensor.clone() for name, tensor in inputs.tensors().items()}
         self.num_calls += 1
-        returned = self._guard(lambda: self._adapter.call(self._kernel, inputs, self.capabilities))
+        returned = self._guard(lambda: self._asked(inputs))
+        if isinstance(returned, NoRoom):
+            raise returned
         if isinstance(returned, Mishap):
             return returned
         try:
@@ -66,6 +70,13 @@ class Caller:
         except Exception as error:
             return Mishap("returns", f"the adapter could not read what was returned: {in_a_line(error)}")
         return _written(before, inputs) or self._checked(out, lse, returned, inputs)
+
+    def _asked(self, inputs: Inputs) -> Any:
+        """What the adapter brings back, which may be a `Mishap`; a `NoRoom` is returned, too, since it is none."""
+        try:
+            return self._adapter.call(self._kernel, inputs, self.capabilities)
+        except NoRoom as error:
+            return error
 
     def _checked(self, out: Any, lse: Any, returned: Any, inputs: Inputs) -> Result | Mishap:
         """Shapes, dtypes and devices."""
@@ -97,14 +108,9 @@ class Caller:
 def _written(before: dict[str, Tensor], inputs: Inputs) -> Mishap | None:
     """Whether the kernel changed what it was given, NaN payloads included."""
     for name, tensor in inputs.tensors().items():
-        was = before[name]
-        if was.shape != tensor.shape or was.dtype != tensor.dtype:
-            return Mishap("writes", f"{name} has another shape or dtype after the call")
-        bits = BITS[was.element_size()]
-        changed = was.contiguous().view(bits) != tensor.contiguous().view(bits) if was.dim() else was != tensor
-        if changed.any():
-            first = [int(i) for i in changed.nonzero()[0]]
-            return Mishap("writes", f"{name} was written to: {int(changed.sum())} elements changed, the first {first}")
+        mishap = written(name, before[name], tensor)
+        if mishap is not None:
+            return mishap
     return None
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+# Integers as wide as a number, by bytes.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MOST_LETTERS = 200
 # The first call may compile.
 FIRST_CALL = 10
@@ -85,6 +88,40 @@ class Guard:
             except (Exception, SystemExit) as error:
                 answer = Mishap("raises", raised(error))
             self._answered.put(answer)
+
+
+def written(name: str, was: Tensor, now: Tensor) -> Mishap | None:
+    """Whether a tensor that is only to be read has other bits than before, NaN's included.
+
+    Args:
+        name: of the tensor.
+        was: a copy of it from before.
+        now: the tensor.
+
+    Returns:
+        A `Mishap` of kind "writes", or None.
+
+    Example:
+        >>> written("seq_lens", torch.tensor([1, 2]), torch.tensor([1, 3])).message
+        'seq_lens was written to: 1 elements changed, the first [1]'
+    """
+    if was.shape != now.shape or was.dtype != now.dtype:
+        return Mishap("writes", f"{name} has another shape or dtype after the call")
+    changed = bits(was) != bits(now)
+    if not changed.any():
+        return None
+    first = [int(i) for i in changed.nonzero()[0]]
+    return Mishap("writes", f"{name} was written to: {int(changed.sum())} elements changed, the first {first}")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers as wide as its numbers, so that one NaN can be told from another; a view.
+
+    Example:
+        >>> bits(torch.tensor([1.0, -0.0])).tolist()
+        [1065353216, -2147483648]
+    """
+    return tensor.view(BITS[tensor.element_size()])
 
 
 def raised(error: BaseException) -> str:

@@ -40,6 +40,10 @@ FAR = (1 << 30) + (1 << 28) + (1 << 27)
 FEW = 64
 
 
+class NoRoom(MemoryError):
+    """Blocks cannot be laid so far apart on this machine: no fault of the kernel's."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The tensors of one call.
@@ -298,7 +302,7 @@ def _caches(case: Case, stored: list[recipes.Floats], num_blocks: int, filled: I
     if case.strides == "padded":
         return [_with_gaps(tensor) for tensor in tensors]
     if case.strides == "far":
-        return [_far_apart(tensor) for tensor in tensors]
+        return [far_apart(tensor) for tensor in tensors]
     return tensors
 
 
@@ -313,19 +317,17 @@ def _with_gaps(tensor: Tensor) -> Tensor:
     return view
 
 
-def _far_apart(tensor: Tensor) -> Tensor:
-    """The same numbers in blocks so far apart that the last ones begin beyond 2^31 numbers.
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same numbers [N, ...] in blocks so far apart that the last ones begin beyond 2^31 numbers.
 
     Only pages that are written are ever given by the operating system, so this takes address space and hardly memory.
 
     Raises:
-        MemoryError: the machine does not have that much.
+        NoRoom: the machine does not have that much.
     """
     size = FAR * (len(tensor) - 1) + tensor[0].numel()
     try:
         room = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
     except RuntimeError as error:
-        raise MemoryError(f"{size * tensor.element_size() / 2**30:.0f} GiB of address space cannot be had") from error
-    view = room.as_strided(tensor.shape, (FAR, *tensor[0].contiguous().stride()))
-    view.copy_(tensor)
-    return view
+        raise NoRoom(f"{size * tensor.element_size() / 2**30:.0f} GiB of address space cannot be had") from error
+    return room.as_strided(tensor.shape, (FAR, *tensor[0].contiguous().stride())).copy_(tensor)

@@ -10,11 +10,11 @@ The contract's own order of dimensions is called NHD (slot, head, dim). The othe
     transposed    V [N, Hkv, Dv, P]                    goes with it
     flat          [N * P, Hkv, D]                      SGLang's token pool, transformers' continuous batching
     alternating   [N, P, 2 * Hkv, D]                   JAX `ragged_paged_attention`
-    latent        [N, P, Hkv, D + Dv]                  FlashMLA; in `paged.oracle.adapters.latent`
+    latent        [N, P, 1, D + Dv]                    FlashMLA; in `paged.oracle.adapters.latent`
 
 Numbers are moved and never computed with: whatever bits lie in a slot, NaN included, lie in the same slot afterwards.
-Functions to a layout make a dense copy; functions back give views where that is possible. `paged.oracle.metadata` has
-the tables that go with these.
+Functions to a layout give a dense tensor, a copy unless the order is the same; functions back give views where that is
+possible. `paged.oracle.metadata` has the tables that go with these.
 """
 
 import torch

@@ -10,7 +10,8 @@ functions each:
     ragged       kv_lens [S], page_indices [S, M], cu_q_lens [S + 1], num_seqs [1]      JAX
 
 FlashAttention's page_table, cache_seqlens and cu_seqlens_q are the contract's three under other names. Padding entries
-of a table, whatever they hold, are in none of the lists. On the way back they are the null block, 0.
+of a table, whatever they hold, are in none of the lists, and as they are in ragged rows; on the way back from a list
+they are the null block, 0. Tables too narrow for their sequences are refused with a ValueError everywhere.
 """
 
 from itertools import pairwise
@@ -39,6 +40,7 @@ def to_pages(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> tuple[T
         >>> [part.tolist() for part in to_pages(tables, lengths, block_size=2)]
         [[0, 1, 3, 3], [5, 3, 4], [2, 1, 0]]
     """
+    _wide_enough(block_tables, seq_lens, block_size)
     pages = -(-seq_lens // block_size)  # [B]
     in_use = torch.arange(block_tables.shape[1], device=seq_lens.device) < pages[:, None]  # [B, M]
     last_page_len = torch.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0)
@@ -65,8 +67,7 @@ def to_slots(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> tuple[T
         >>> [part.tolist() for part in to_slots(tables, lengths, block_size=2)]
         [[0, 3, 4], [10, 11, 4, 6]]
     """
-    slots = _slots(block_tables, block_size)
-    in_use = torch.arange(slots.shape[1], device=seq_lens.device) < seq_lens[:, None]
+    slots, in_use = _slots(block_tables, seq_lens, block_size)
     return starts(seq_lens), slots[in_use]
 
 
@@ -107,8 +108,7 @@ def to_requests(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> tupl
         >>> [part.tolist() for part in to_requests(tables, lengths, block_size=2)]
         [[[0, 0], [6, 0], [10, 11]], [2, 1]]
     """
-    slots = _slots(block_tables, block_size)
-    in_use = torch.arange(slots.shape[1], device=seq_lens.device) < seq_lens[:, None]
+    slots, in_use = _slots(block_tables, seq_lens, block_size)
     req_pool_indices = torch.arange(len(seq_lens), 0, -1, device=seq_lens.device)
     req_to_token = slots.new_zeros(len(seq_lens) + 1, slots.shape[1])
     req_to_token[req_pool_indices] = torch.where(in_use, slots, 0)
@@ -153,6 +153,30 @@ def to_read_write(
     tokens = tokens + (seq_lens - query_lens)[sequence]
     known = torch.cat((read_index, read_index.new_tensor([trash])))
     return read_index, known[torch.where(tokens >= 0, kv_indptr[sequence] + tokens, len(read_index)).long()]
+
+
+def from_read_write(
+    read_index: Tensor, write_index: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat indices back to block_tables [B, M], seq_lens [B] int32 and query_start_loc [B + 1].
+
+    Raises:
+        ValueError: what is read are no blocks, or a query token is not written to the slot that it is read from.
+
+    Example:
+        >>> starts_q, starts_k = torch.tensor([0, 2]), torch.tensor([0, 3])
+        >>> parts = from_read_write(torch.tensor([10, 11, 4]), torch.tensor([11, 4]), starts_q, starts_k, block_size=2)
+        >>> [part.tolist() for part in parts]
+        [[[5, 2]], [3], [0, 2]]
+    """
+    block_tables, seq_lens = from_slots(cu_seq_lens_k, read_index, block_size)
+    bounds = zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist()), strict=True)
+    for (first, last), (start, end) in bounds:
+        count = min(last - first, end - start)  # queries before the first key have none to write
+        written, read = write_index[last - count : last].tolist(), read_index[end - count : end].tolist()
+        if written != read:
+            raise ValueError(f"query tokens {first} to {last - 1} are written to slots {written}, but read from {read}")
+    return block_tables, seq_lens, cu_seq_lens_q
 
 
 def to_ragged(
@@ -200,10 +224,19 @@ def starts(counts: Tensor) -> Tensor:
     return torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
 
 
-def _slots(block_tables: Tensor, block_size: int) -> Tensor:
-    """[B, M] to [B, M * P]: the slots of each block; those of padding entries mean nothing."""
+def _slots(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """[B, M] to slots of each block [B, M * P], and which of them hold a token; others' numbers mean nothing."""
+    _wide_enough(block_tables, seq_lens, block_size)
     offsets = torch.arange(block_size, device=block_tables.device)
-    return (block_tables.long()[..., None] * block_size + offsets).flatten(1)
+    slots = (block_tables.long()[..., None] * block_size + offsets).flatten(1)
+    return slots, torch.arange(slots.shape[1], device=seq_lens.device) < seq_lens[:, None]
+
+
+def _wide_enough(block_tables: Tensor, seq_lens: Tensor, block_size: int) -> None:
+    room, longest = block_tables.shape[1] * block_size, int(seq_lens.max()) if len(seq_lens) else 0
+    if longest > room:
+        shape = f"{block_tables.shape[1]} columns of blocks of {block_size}"
+        raise ValueError(f"block_tables of {shape} have room for {room} tokens; the longest sequence has {longest}")
 
 
 def _as_rows(entries: Tensor, counts: Tensor) -> Tensor:

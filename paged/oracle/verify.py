@@ -64,7 +64,7 @@ def verify(
         capabilities: what it can do; None: `Capabilities()`, bfloat16 without any feature.
         profile: where it rounds; None: like FlashAttention.
         conventions: where it differs from the contract on purpose; None: nowhere.
-        adapter: "contract", or an object that calls it (see `paged.oracle.adapters.Adapter`).
+        adapter: a name, or an object that calls it (see `paged.oracle.adapters`).
         device: torch's name of the one it runs on.
         budget: "fast", "standard" or "long", a number of cases.
         seed: of the values and the draw.
@@ -73,8 +73,8 @@ def verify(
         trace: whether failing cases are made smaller and traced to a fault; else the first one ends it, as it is.
 
     Raises:
-        ValueError: declarations that contradict one another, an unknown adapter or budget. Nothing that the kernel
-            does raises.
+        ValueError: declarations that contradict one another or that the adapter cannot express, an unknown adapter or
+            budget. Nothing that the kernel does raises.
 
     Example:
         >>> from paged.attention.gathered import paged_attention
@@ -86,10 +86,11 @@ def verify(
     capabilities, profile = capabilities or Capabilities(), profile or Profile()
     conventions = (conventions or Conventions()).agree_with(capabilities)
     settings = _settings(capabilities, profile, conventions) | {"budget": budget, "seed": str(seed)}
+    adapter = adapter_named(adapter, capabilities)
     found, name = kernel_named(kernel), _kernel_name(kernel)
     if isinstance(found, Mishap):
         return Report(name, 0, (mishap_failure(found),), settings=settings)
-    caller = Caller(found, adapter_named(adapter), capabilities, time_limit)
+    caller = Caller(found, adapter, capabilities, time_limit)
     trial = Trial(caller, profile, conventions, device, max_shapes)
     failures, skipped = _try_all(trial, BUDGETS[budget], seed, trace)
     missing = skipped if failures else [*skipped, *_not_exercised(trial)]
@@ -124,11 +125,12 @@ def check(
     capabilities = capabilities or _as_asked(case)
     profile = profile or Profile()
     conventions = (conventions or Conventions()).agree_with(capabilities)
+    adapter = adapter_named(adapter, capabilities)
     found, name = kernel_named(kernel), _kernel_name(kernel)
     settings = _settings(capabilities, profile, conventions)
     if isinstance(found, Mishap):
         return Report(name, 0, (mishap_failure(found),), settings=settings)
-    trial = Trial(Caller(found, adapter_named(adapter), capabilities, time_limit), profile, conventions, device)
+    trial = Trial(Caller(found, adapter, capabilities, time_limit), profile, conventions, device)
     outcome = trial(case)
     trial.note(outcome)
     failures = () if outcome.ok else (diagnose(trial, outcome),)
@@ -315,6 +317,8 @@ def _as_asked(case: Case) -> Capabilities:
         sinks=case.sinks,
         kv_scales=case.kv_scales,  # type: ignore[arg-type]
         negative_padding=case.padding == "negative",
+        repeated_blocks=case.repeat is not None,
+        strided_caches=case.strides != "dense",
     )
 
 

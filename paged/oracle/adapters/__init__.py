@@ -13,16 +13,14 @@ which turns the contract's tensors into the kernel's own and the kernel's result
 
 It may have a third, `refuse(capabilities)`, which raises ValueError for what it cannot express. Those in ADAPTERS are
 for the layouts of vLLM, FlashInfer, FlashAttention, SGLang, JAX, transformers and FlashMLA; what their kernels are
-called with is said in `paged.oracle.adapters.caches`, `foreign_metadata`, `foreign_slots` and `latent`.
+called with is said in `paged.oracle.adapters.caches`, `lists`, `slots` and `latent`.
 """
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from paged.oracle.adapters.caches import ByBlock, Hnd, Packed, Stacked, XPacked
-from paged.oracle.adapters.foreign import Foreign, contract_wishes
+from paged.oracle.adapters.foreign import Foreign, contract_wishes, out_and_lse
 from paged.oracle.adapters.latent import Latent
 from paged.oracle.adapters.lists import FlashAttention, FlashInfer, JaxRagged
 from paged.oracle.adapters.slots import FlatIndices, RequestRows, TokenSlots
@@ -33,7 +31,10 @@ Kernel = Callable[..., Any]
 
 
 class Adapter(Protocol):
-    """Between the contract and one kind of kernel. Both methods may raise; that is then the verdict."""
+    """Between the contract and one kind of kernel. Both methods may raise; that is then the verdict.
+
+    `call` may also return a `paged.oracle.guard.Mishap`, which is then the verdict, too.
+    """
 
     def call(self, kernel: Kernel, inputs: Inputs, capabilities: Capabilities) -> Any:
         """Call the kernel with what `inputs` says, in the kernel's own way; give back what it returns."""
@@ -55,11 +56,7 @@ class Contract:
 
     def results(self, returned: Any) -> tuple[Any, Any]:
         """`out`, or `(out, lse)`."""
-        if isinstance(returned, Tensor):
-            return returned, None
-        if isinstance(returned, tuple | list) and len(returned) == 2:
-            return returned[0], returned[1]
-        return returned, None
+        return out_and_lse(returned)
 
 
 SHIPPED: tuple[Foreign, ...] = (
@@ -93,7 +90,7 @@ def adapter_named(adapter: str | Adapter, capabilities: Capabilities | None = No
         capabilities: what is declared. An adapter with a method `refuse` is asked whether it can express that.
 
     Raises:
-        ValueError: an unknown name, or what cannot be expressed.
+        ValueError: an unknown name, an object without those methods, or what cannot be expressed.
 
     Example:
         >>> adapter_named("flashinfer", Capabilities(alibi=True))
@@ -105,6 +102,9 @@ def adapter_named(adapter: str | Adapter, capabilities: Capabilities | None = No
         if adapter not in ADAPTERS:
             raise ValueError(f"unknown adapter {adapter!r}; there are {', '.join(sorted(ADAPTERS))}, or bring your own")
         adapter = ADAPTERS[adapter]
+    if isinstance(adapter, type) or not all(callable(getattr(adapter, name, None)) for name in ("call", "results")):
+        what = f"the class {adapter.__name__}" if isinstance(adapter, type) else f"a {type(adapter).__name__}"
+        raise ValueError(f"an adapter is a name or an object with the methods call and results, got {what}")
     refuse = getattr(adapter, "refuse", None)
     if refuse is not None and capabilities is not None:
         refuse(capabilities)

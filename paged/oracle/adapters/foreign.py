@@ -2,8 +2,10 @@
 
 Each says with `arguments` what its kernel is called with, and with `cannot` what that kernel cannot be asked for. The
 rest is done here: refuse what is declared and cannot be expressed, call the kernel, see that it wrote into nothing, and
-read `out` or `(out, lse)`. The adapters are in `paged.oracle.adapters.caches`, `foreign_metadata`, `foreign_slots` and
-`latent`.
+read `out` or `(out, lse)`. The adapters are in `paged.oracle.adapters.caches`, `lists`, `slots` and `latent`.
+
+Numbers that a layout counts in its own way are handed over for the default `Conventions`: a window of 5 tokens is
+window_left 4 or sliding_window 5. A convention that is declared changes what is right, never what is handed over.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +16,11 @@ from torch import Tensor
 
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities
-from paged.oracle.inputs import FAR, Inputs
+from paged.oracle.guard import written
+from paged.oracle.inputs import Inputs, far_apart
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Capabilities that are declared by a bool and that not every kernel has an argument for.
 FLAGS = ("window", "softcap", "alibi", "sinks", "negative_padding", "repeated_blocks", "strided_caches", "empty_rows")
 
@@ -65,20 +67,24 @@ class Foreign:
         raise NotImplementedError
 
     def call(self, kernel: Callable[..., Any], inputs: Inputs, capabilities: Capabilities) -> Any:
-        """Call the kernel with the `arguments`, and give back what it returns.
-
-        Raises:
-            ValueError: what `refuse` says.
-            RuntimeError: the kernel wrote into one of its arguments.
-        """
-        self.refuse(capabilities)
+        """Call the kernel with the `arguments`; what it returns, or a `Mishap` if it wrote into one of them."""
         return call_unwritten(kernel, *self.arguments(inputs, capabilities))
 
     def results(self, returned: Any) -> tuple[Any, Any]:
         """`out`, or `(out, lse)`."""
-        if isinstance(returned, tuple | list) and len(returned) == 2:
-            return returned[0], returned[1]
-        return returned, None
+        return out_and_lse(returned)
+
+
+def out_and_lse(returned: Any) -> tuple[Any, Any]:
+    """What most kernels return, `out` or `(out, lse)`, as a pair.
+
+    Example:
+        >>> out_and_lse(5), out_and_lse([5, 6])
+        ((5, None), (5, 6))
+    """
+    if isinstance(returned, tuple | list) and len(returned) == 2:
+        return returned[0], returned[1]
+    return returned, None
 
 
 def asked(capabilities: Capabilities) -> Iterable[str]:
@@ -114,11 +120,8 @@ def contract_wishes(inputs: Inputs, capabilities: Capabilities) -> dict[str, Any
 
 
 def window_left(inputs: Inputs) -> int:
-    """How many keys a query sees before itself; -1: all. What FlashInfer, FlashAttention and SGLang are given.
-
-    `Conventions.window_counts_self` plays no part in it: this number has one meaning.
-    """
-    return -1 if inputs.problem.window is None else inputs.problem.window - 1
+    """How many keys a query sees before itself; -1: all. What FlashInfer, FlashAttention and SGLang are given."""
+    return -1 if inputs.window is None else inputs.window - 1
 
 
 def one_number(scale: Tensor | float | None) -> float:
@@ -139,8 +142,7 @@ def spaced(cache: Tensor, case: Case) -> Tensor:
     if case.strides == "dense":
         return cache
     if case.strides == "far":
-        room = torch.empty(FAR * (len(cache) - 1) + cache[0].numel(), dtype=cache.dtype, device=cache.device)
-        return room.as_strided(cache.shape, (FAR, *cache[0].contiguous().stride())).copy_(cache)
+        return far_apart(cache)
     room = torch.zeros(len(cache), 2, *cache.shape[1:], dtype=cache.dtype, device=cache.device)
     if cache.dtype.is_floating_point:
         room.copy_(torch.full((), torch.nan))
@@ -148,29 +150,16 @@ def spaced(cache: Tensor, case: Case) -> Tensor:
 
 
 def call_unwritten(kernel: Callable[..., Any], positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Call a kernel and see that no tensor it was given has other bits afterwards.
+    """Call a kernel; what it returns, or a `Mishap` if a tensor it was given has other bits afterwards.
 
     The oracle watches the contract's tensors; a kernel in another layout is given copies of them.
 
-    Raises:
-        RuntimeError: one has.
-
     Example:
-        >>> call_unwritten(lambda cache: cache.zero_(), (torch.ones(2),), {})
-        Traceback (most recent call last):
-        ...
-        RuntimeError: the kernel wrote into argument 0, which it may only read: 2 numbers changed
+        >>> call_unwritten(lambda cache: cache.zero_(), (torch.ones(2),), {}).message
+        'argument 0 was written to: 2 elements changed, the first [0]'
     """
     given = {f"argument {i}": value for i, value in enumerate(positional)} | named
     before = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
     returned = kernel(*positional, **named)
-    for name, was in before.items():
-        changed = int((bits(was) != bits(given[name])).sum())
-        if changed:
-            raise RuntimeError(f"the kernel wrote into {name}, which it may only read: {changed} numbers changed")
-    return returned
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers, so that NaN can be compared."""
-    return tensor.contiguous().view(BITS[tensor.element_size()]) if tensor.dim() else tensor.reshape(1)
+    mishaps = (written(name, was, given[name]) for name, was in before.items())
+    return next((mishap for mishap in mishaps if mishap is not None), returned)

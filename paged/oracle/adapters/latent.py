@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paged.oracle.adapters.foreign import NO_ARGUMENT, Foreign, call_unwritten, spaced
 from paged.oracle.declarations import Capabilities
+from paged.oracle.guard import Mishap
 from paged.oracle.inputs import Inputs
 
 
@@ -25,7 +26,7 @@ def to_latent(key_cache: Tensor, value_cache: Tensor, rope: int, values_first: b
         values_first        [ V  | K                  ]
         not values_first    [ K without its end | V | end of K ]
 
-    Both orders together use each of the first 512 as a key and as a value.
+    With D = 320 and Dv = 256 both orders together use each of the first 512 as a key and as a value.
 
     Raises:
         ValueError: D is less than rope.
@@ -114,11 +115,10 @@ class Latent(Foreign):
     def call(self, kernel: Callable[..., Any], inputs: Inputs, capabilities: Capabilities) -> Any:
         """Call the kernel for one KV head after the other, and put their query heads together again.
 
-        Raises:
-            ValueError: what `refuse` says, or an output of another shape.
-            RuntimeError: the kernel wrote into one of its arguments.
+        Returns:
+            out or (out, lse); or a `Mishap` if the kernel wrote into an argument or out has another shape; or what the
+            kernel returned if that is something else.
         """
-        self.refuse(capabilities)
         case = inputs.case
         values_first = case.seed % 2 == 0
         outs, lses = [], []
@@ -128,11 +128,13 @@ class Latent(Foreign):
             query = inputs.query[:, head * case.query_group : (head + 1) * case.query_group]
             query = latent_query(query, case.value_dim, self.rope, values_first)
             tensors = (query, latent, inputs.block_tables, inputs.seq_lens, inputs.query_start_loc)
-            out, lse = self.results(call_unwritten(kernel, tensors, {"scale": inputs.scale}))
+            returned = call_unwritten(kernel, tensors, {"scale": inputs.scale})
+            out, lse = self.results(returned)
+            if not isinstance(out, Tensor):
+                return returned
             wanted = (case.num_queries, case.query_group, self.value_width)
-            if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
-                got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise ValueError(f"out is {got}; [T, Hq, {self.value_width}] is {list(wanted)}")
+            if tuple(out.shape) != wanted:
+                return Mishap("shape", f"out is {list(out.shape)}; [T, Hq, {self.value_width}] is {list(wanted)}")
             outs.append(from_latent_out(out, case.value_dim, values_first))
             lses.append(lse)
         if not all(isinstance(lse, Tensor) for lse in lses):

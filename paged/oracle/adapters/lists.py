@@ -140,7 +140,6 @@ class JaxRagged(Foreign):
         "alibi": NO_ARGUMENT,
         "sinks": NO_ARGUMENT,
         "value_dims": ONE_SHAPE,
-        "negative_padding": "rows of page_indices are copied whole",
         "kv_scales='head'": ONE_NUMBER,
         "kv_scales='token'": ONE_NUMBER,
         "int64": "page_indices are int32",
@@ -154,7 +153,7 @@ class JaxRagged(Foreign):
         ragged = metadata.to_ragged(*tables, max_num_seqs=len(inputs.seq_lens) + self.room)
         named: dict[str, Any] = {"sm_scale": inputs.scale}
         if capabilities.window:
-            named["sliding_window"] = inputs.problem.window
+            named["sliding_window"] = inputs.window
         if capabilities.softcap:
             named["soft_cap"] = inputs.softcap
         if capabilities.kv_scales is not None:

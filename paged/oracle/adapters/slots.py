@@ -20,12 +20,12 @@ from paged.oracle.adapters.foreign import (
     ONE_NUMBER,
     Arguments,
     Foreign,
-    bits,
     call_unwritten,
     one_number,
     window_left,
 )
 from paged.oracle.declarations import Capabilities
+from paged.oracle.guard import Mishap, bits
 from paged.oracle.inputs import Inputs
 
 
@@ -116,17 +116,17 @@ class FlatIndices(Foreign):
     def arguments(self, inputs: Inputs, capabilities: Capabilities) -> Arguments:
         """This step's K and V, pools without them, and flat indices."""
         pools = [layouts.to_flat(cache) for cache in (inputs.key_cache, inputs.value_cache)]
-        pools = [torch.cat((pool, torch.zeros_like(pool[:1]))) for pool in pools]
+        pools = [torch.cat((pool, torch.full_like(pool[:1], torch.nan))) for pool in pools]
         trash = len(pools[0]) - 1
         tables = (inputs.block_tables, inputs.seq_lens, inputs.query_start_loc)
         read_index, write_index = metadata.to_read_write(*tables, inputs.case.block_size, trash)
         new = [pool[write_index] for pool in pools]
         for pool in pools:
-            pool[write_index] = torch.nan if pool.dtype.is_floating_point else 0
+            pool[write_index] = torch.nan
         starts = (inputs.query_start_loc, metadata.starts(inputs.seq_lens))
         named: dict[str, Any] = {"scaling": inputs.scale}
         if capabilities.window:
-            named["sliding_window"] = inputs.problem.window
+            named["sliding_window"] = inputs.window
         if capabilities.softcap:
             named["softcap"] = inputs.softcap
         if capabilities.sinks:
@@ -134,13 +134,7 @@ class FlatIndices(Foreign):
         return (inputs.query, *new, *pools, read_index, write_index, *starts), named
 
     def call(self, kernel: Callable[..., Any], inputs: Inputs, capabilities: Capabilities) -> Any:
-        """Call the kernel on caches of its own, and see that it wrote this step's K and V or nothing.
-
-        Raises:
-            ValueError: what `refuse` says.
-            RuntimeError: the kernel wrote something else.
-        """
-        self.refuse(capabilities)
+        """Call the kernel on caches of its own; what it returns, or a `Mishap` if it wrote what it should not have."""
         tensors, named = self.arguments(inputs, capabilities)
         query, key, value, key_cache, value_cache, read_index, write_index, *starts = tensors
         pools = {"key_cache": key_cache.clone(), "value_cache": value_cache.clone()}
@@ -156,7 +150,5 @@ class FlatIndices(Foreign):
             right, was, got = bits(right)[:-1], bits(was)[:-1], bits(pool)[:-1]  # the trash may hold anything
             if not (torch.equal(got, right) or torch.equal(got, was)):
                 slots = ((got != right).flatten(1).any(1)).nonzero()[:, 0].tolist()[:4]
-                raise RuntimeError(
-                    f"the kernel wrote something else than this step's tokens into {name}: slots {slots}"
-                )
+                return Mishap("writes", f"something else than this step's tokens was written to {name}: slots {slots}")
         return returned

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged.oracle.calls import BITS
+from paged.oracle.guard import BITS, bits
 from paged.oracle.inputs import FAR
 from paged.oracle.values import CODE_KEY, HEAD_LIMIT, PLACE, Integers, random_bits
 from paged.oracle.writers.case import WriteCase
@@ -99,11 +99,6 @@ class WriteInputs:
         if self.k_scale is not None and self.v_scale is not None and self.case.scales != "token":
             found |= {"k_scale": self.k_scale, "v_scale": self.v_scale}
         return found
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers, in its own shape; a view where the strides allow it."""
-    return tensor.view(BITS[tensor.element_size()])
 
 
 def materialise(case: WriteCase, device: str = "cpu") -> WriteInputs:

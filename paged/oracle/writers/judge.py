@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paged.oracle.guard import bits
 from paged.oracle.values import Integers
 from paged.oracle.writers.case import WriteCapabilities
 from paged.oracle.writers.codes import LARGEST, QUOTIENT_ERROR, Codes, Floats, decoded, is_nearest, nearest, numbers_of
-from paged.oracle.writers.inputs import Room, WriteInputs, bits
+from paged.oracle.writers.inputs import Room, WriteInputs
 
 Mask = npt.NDArray[np.bool_]
 NAMES = ("key", "value")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged.oracle.diagnose import MISHAPS
-from paged.oracle.guard import Mishap
+from paged.oracle.guard import Mishap, bits
 from paged.oracle.report import Failure
 from paged.oracle.writers.case import WriteCase
 from paged.oracle.writers.cases import PLAIN
-from paged.oracle.writers.inputs import WriteInputs, bits
+from paged.oracle.writers.inputs import WriteInputs
 from paged.oracle.writers.judge import NAMES, TIES, Place, Verdict, as_if, expected_bits, places_of, vectors_like
 
 # What is wrong, where a case that is as small as it can be still needs this feature; and the catalogue's letter.

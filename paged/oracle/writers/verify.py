@@ -17,11 +17,11 @@ from torch import Tensor
 from paged.kv_pool import write
 from paged.oracle.diagnose import MISHAPS
 from paged.oracle.drawn import search
-from paged.oracle.guard import FIRST_CALL, Guard, Mishap, kernel_named
+from paged.oracle.guard import FIRST_CALL, Guard, Mishap, bits, kernel_named
 from paged.oracle.report import Failure, Report
 from paged.oracle.writers.case import WriteCapabilities, WriteCase
 from paged.oracle.writers.cases import affords_many_blocks, cases, directed, reduce
-from paged.oracle.writers.inputs import WriteInputs, bits, materialise
+from paged.oracle.writers.inputs import WriteInputs, materialise
 from paged.oracle.writers.judge import judge
 from paged.oracle.writers.report import Outcome, failure
 
