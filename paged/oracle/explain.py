@@ -188,12 +188,14 @@ def _widths(inputs: Inputs) -> Iterator[Alternative]:
             changed = problem.replace(keys=tuple(key * cut for key in problem.keys))
             yield Alternative(f"only the first {width} dims of queries and keys are multiplied", "N", None, changed)
     for width in dict.fromkeys((case.value_dim // 16 * 16, 64)):
-        if width < case.value_dim:
+        if 0 < width < case.value_dim:
             cut = torch.arange(case.value_dim) < width
             changed = problem.replace(values=tuple(value * cut for value in problem.values))
             yield Alternative(f"dims of the output from {width} on are 0", "N", None, changed)
     if case.head_dim == case.value_dim and case.kv_scales is None:
         yield Alternative("values are read from the keys", "E", None, problem.replace(values=problem.keys))
+        exchanged = problem.replace(keys=problem.values, values=problem.keys)
+        yield Alternative("keys and values are exchanged", "E", None, exchanged)
 
 
 def _heads_and_scales(inputs: Inputs) -> Iterator[Alternative]:
