@@ -102,7 +102,7 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
     if syndrome is not None and syndrome.kind == "zeros":
         # One token alone says little: a row of zeros is what is left of many faults. A larger case may say more.
         telling = next((read for one in others if (read := _read(one, trial)) and read.kind != "zeros"), syndrome)
-    name = _name(outcome, finding, leak, telling, other, passes)
+    name = _name(outcome, finding, leak, telling, other, passes, probe)
     details = [("where", _where(outcome, finding)), *_numbers(finding)]
     if syndrome is not None:
         among = f" (or one of {syndrome.others} other tokens with this code)" if syndrome.others else ""
@@ -182,6 +182,7 @@ def _name(
     syndrome: Syndrome | None,
     other: Alternative | None,
     passes: list[str],
+    probe: Outcome | None,
 ) -> Name:
     """The most telling of what is known: a leak, another attention, what is odd about the case, a token."""
     if leak is not None:
@@ -202,6 +203,10 @@ def _name(
         return Name("the log-sum-exp is wrong, the output is right", "K")
     if outcome.case.recipe in ("large", "negative"):
         return Name("wrong where scores are large", "L")
+    if _lse_is_right(outcome):
+        return Name("values are read wrong, as many tokens as there are", "E")
+    if outcome.case.recipe != "uniform" and probe is not None and probe.ok:
+        return Name("the weights are wrong, values are read right", "E")
     return Name("wrong numbers", "-")
 
 
@@ -274,10 +279,16 @@ def _also(outcome: Outcome, finding: Finding) -> str:
     words = [f"{finding.heads}/{case.num_heads} heads of this row", f"{finding.rows}/{case.num_queries} rows"]
     others = [other for other in outcome.judgement.findings if other.check != finding.check]
     words += [f"{other.check} {other.error / other.allowed:.1f} x allowed" for other in others if other.allowed]
-    has_lse = isinstance(outcome.result, Result) and outcome.result.lse is not None
-    if has_lse and not any(other.check in (LSE, NAN) for other in outcome.judgement.findings):
+    if _lse_is_right(outcome):
         words.append("the log-sum-exp is right, so keys are; look at the values")
     return "; ".join(words)
+
+
+def _lse_is_right(outcome: Outcome) -> bool:
+    """Whether a log-sum-exp was returned and is right: then keys are, or where all weights are equal their number."""
+    assert outcome.judgement is not None, "a result was judged"
+    has_lse = isinstance(outcome.result, Result) and outcome.result.lse is not None
+    return has_lse and not any(finding.check in (LSE, NAN) for finding in outcome.judgement.findings)
 
 
 def _picture(outcome: Outcome, finding: Finding, syndrome: Syndrome | None) -> tuple[str, ...]:
