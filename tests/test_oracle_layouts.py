@@ -1,17 +1,24 @@
 """Layouts and adapters of the oracle: kernels of other projects' kinds pass, and mistakes in their metadata are named.
 
 The kernels are those of layout_kernels.py, which know nothing of this project. The ways there and back are tested
-number by number in test_layouts.py.
+number by number in test_layout_round_trips.py.
 """
 
+import re
 from collections import Counter
+from itertools import product
+from textwrap import dedent
 
 import pytest
+import torch
 from layout_faults import FAULTS, PAIRS
+from layout_kernels import KERNELS
 
-from paged.oracle import Capabilities, replay, verify
+from paged.oracle import Capabilities, Case, Conventions, adapters, check, replay, verify
 from paged.oracle.adapters import SHIPPED
 from paged.oracle.adapters.foreign import FLAGS, Foreign
+from paged.oracle.adapters.latent import Latent
+from paged.oracle.inputs import NoRoom, far_apart
 from paged.oracle.verify import BUDGETS, Budget
 
 
@@ -72,3 +79,124 @@ def test_every_adapter_has_at_least_two_faults():
     counts = Counter(fault.adapter for fault in FAULTS)
     assert set(counts) == {adapter.name for adapter in SHIPPED}
     assert min(counts.values()) >= 2
+
+
+def test_the_latent_of_512_and_64_numbers():
+    case = Case(sequences=((1, 9), (3, 5)), num_kv_heads=2, query_group=2, head_dim=320, value_dim=256, poison="nan")
+    for seed, recipe in product((0, 1), ("random", "needle", "uniform")):
+        report = check(KERNELS["mla"], case.replace(seed=seed, recipe=recipe), adapter="mla")
+        assert report.ok, str(report)
+
+
+# --- what cannot be expressed, and what a kernel must not do ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "said"),
+    [
+        ("flashinfer", {"alibi": True}, "alibi: FlashInfer computes the slopes itself"),
+        ("flashinfer", {"kv_scales": "head"}, "kv_scales='head': its scales are single numbers"),
+        ("vllm_by_block", {"value_dims": (32,)}, "value_dims: keys and values of one tensor have one width"),
+        ("vllm_x_packed", {"head_dims": (64, 12)}, "head_dim 12 in bfloat16: x is 8, and D must be a multiple of it"),
+        ("vllm_x_packed", {"head_dims": (8,), "kv_dtypes": ("float8_e4m3fn",)}, "head_dim 8 in float8_e4m3fn: x is 16"),
+        ("flash_attention", {"sinks": True}, "sinks: the kernel has no argument for it"),
+        ("sglang", {"strided_caches": True}, "strided_caches: slots lie one behind another"),
+        ("sglang", {"table_dtypes": ("int64",)}, "int64: kv_indices are int64 always"),
+        ("transformers", {"negative_padding": True}, "negative_padding: its lists have no padding entries"),
+        ("jax_ragged", {"table_dtypes": ("int64",)}, "int64: page_indices are int32"),
+        ("mla", {"head_dims": (576,)}, "head_dim 576 with value_dim 576: they make 576 together"),
+        ("mla", {"head_dims": (32,), "value_dims": (544,)}, "at least 64 of it head_dim"),
+        ("mla", {"head_dims": (320,), "value_dims": (256,), "window": True}, "window: the kernel has no argument"),
+    ],
+)
+def test_what_an_adapter_cannot_express_is_refused_before_the_kernel_is_called(name, declared, said):
+    capabilities = Capabilities(**declared)
+    for call in (verify, lambda kernel, **rest: check(kernel, Case(sequences=((1, 1),)), **rest)):
+        with pytest.raises(ValueError, match=re.escape(f"adapter '{name}' cannot express {said}")):
+            call(lambda *tensors, **wishes: pytest.fail("was called"), adapter=name, capabilities=capabilities)
+
+
+def test_check_takes_what_a_case_asks_for_as_declared():
+    for changes, said in (({"strides": "padded"}, "strided_caches"), ({"alibi": True}, "alibi")):
+        with pytest.raises(ValueError, match=f"adapter 'sglang' cannot express {said}"):
+            check(KERNELS["sglang"], Case(sequences=((1, 9),), **changes), adapter="sglang")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ("flash_infer", "unknown adapter 'flash_infer'; there are contract, flash_attention, flashinfer, "),
+        (Latent, "an object with the methods call and results, got the class Latent"),
+        (object(), "an object with the methods call and results, got a object"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(adapter, said):
+    with pytest.raises(ValueError, match=said):
+        verify(KERNELS["hnd"], adapter=adapter)
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_a_kernel_that_writes_into_a_copy_is_caught(name):
+    """The contract's own tensors are watched; what an adapter made of them has to be, too."""
+    adapter, kernel = PAIRS[name]
+
+    def scribbler(*tensors, **wishes):
+        returned = kernel(*tensors, **wishes)
+        caches = [tensor for tensor in tensors if tensor.dim() >= 3 and tensor is not tensors[0]]
+        caches[-1][-1] = 7
+        return returned
+
+    can = everything(adapter)
+    case = Case(
+        sequences=((1, 5),), block_size=4, head_dim=can.head_dims[0], value_dim=can.value_dim_for(can.head_dims[0])
+    )
+    (failure,) = check(scribbler, case, adapter=adapter).failures
+    assert failure.fault == "writes into its inputs"
+
+
+def test_too_little_address_space_is_no_fault_of_the_kernels(monkeypatch):
+    def refuse(tensor):
+        raise NoRoom("no such machine")
+
+    monkeypatch.setattr("paged.oracle.adapters.foreign.far_apart", refuse)
+    adapter, kernel = PAIRS["hnd"]
+    capabilities = Capabilities(dtypes=("float32",), head_dims=(8,), block_sizes=(4,), strided_caches=True)
+    report = verify(kernel, adapter=adapter, capabilities=capabilities, budget="small")
+    assert report.ok, str(report)
+    assert "offsets beyond 2^31 numbers: needs strided_caches, and address space" in report.not_exercised
+    with pytest.raises(NoRoom, match="GiB of address space cannot be had"):
+        far_apart(torch.zeros(100_000, 1))
+
+
+def test_a_window_convention_that_a_report_advises_makes_the_kernel_right():
+    """A kernel that takes window_left for one key more is wrong, and right once that is declared."""
+
+    def wide(*tensors, window_left=-1, **wishes):
+        return KERNELS["flashinfer"](*tensors, window_left=window_left + (window_left >= 0), **wishes)
+
+    declared = {
+        "adapter": "flashinfer",
+        "capabilities": Capabilities(("float32",), head_dims=(8,), window=True, lse="2"),
+    }
+    advice = {failure.declare for failure in verify(wide, **declared, budget="small").failures}
+    assert advice == {"Conventions(window_counts_self=False)"}
+    assert verify(wide, **declared, conventions=Conventions(window_counts_self=False), budget="small").ok
+
+
+# --- an adapter of one's own ------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_in_the_documentation_works():
+    """The ten lines that the package shows, with the kernel of that layout."""
+    example = dedent(re.search(r"(    class MyAdapter.*?)\n\n[A-Z]", adapters.__doc__, re.DOTALL)[1])
+    scope = {"torch": torch}
+    exec(example, scope)
+
+    def decode(query, cache, block_tables, seq_lens, scale):
+        starts = torch.arange(len(query) + 1)
+        return KERNELS["vllm_stacked"](query, cache, block_tables, seq_lens, starts, scale=scale)[0]
+
+    declared = {"adapter": scope["MyAdapter"](), "capabilities": Capabilities(("float32",), decode_only=True)}
+    assert verify(decode, **declared, budget="small").ok
+    report = verify(lambda query, cache, *rest, scale: decode(query, cache.flip(0), *rest, scale), **declared)
+    assert not report.ok
