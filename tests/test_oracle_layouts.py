@@ -105,7 +105,7 @@ def test_the_latent_of_512_and_64_numbers():
         ("transformers", {"negative_padding": True}, "negative_padding: its lists have no padding entries"),
         ("jax_ragged", {"table_dtypes": ("int64",)}, "int64: page_indices are int32"),
         ("mla", {"head_dims": (576,)}, "head_dim 576 with value_dim 576: they make 576 together"),
-        ("mla", {"head_dims": (32,), "value_dims": (544,)}, "at least 64 of it head_dim"),
+        ("mla", {"head_dims": (32,), "value_dims": (544,)}, "head_dim 32 with value_dim 544: they"),
         ("mla", {"head_dims": (320,), "value_dims": (256,), "window": True}, "window: the kernel has no argument"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_kernel_that_writes_into_a_copy_is_caught(name):
     def scribbler(*tensors, **wishes):
         returned = kernel(*tensors, **wishes)
         caches = [tensor for tensor in tensors if tensor.dim() >= 3 and tensor is not tensors[0]]
-        caches[-1][-1] = 7
+        caches[-1][0] = 7
         return returned
 
     can = everything(adapter)
@@ -176,7 +176,7 @@ def test_a_window_convention_that_a_report_advises_makes_the_kernel_right():
 
     declared = {
         "adapter": "flashinfer",
-        "capabilities": Capabilities(("float32",), head_dims=(8,), window=True, lse="2"),
+        "capabilities": Capabilities(("float32",), head_dims=(8,), block_sizes=(4,), window=True),
     }
     advice = {failure.declare for failure in verify(wide, **declared, budget="small").failures}
     assert advice == {"Conventions(window_counts_self=False)"}
@@ -196,7 +196,7 @@ def test_the_adapter_in_the_documentation_works():
         starts = torch.arange(len(query) + 1)
         return KERNELS["vllm_stacked"](query, cache, block_tables, seq_lens, starts, scale=scale)[0]
 
-    declared = {"adapter": scope["MyAdapter"](), "capabilities": Capabilities(("float32",), decode_only=True)}
-    assert verify(decode, **declared, budget="small").ok
-    report = verify(lambda query, cache, *rest, scale: decode(query, cache.flip(0), *rest, scale), **declared)
-    assert not report.ok
+    capabilities = Capabilities(("float32",), head_dims=(8,), block_sizes=(4,), decode_only=True)
+    declared = {"adapter": scope["MyAdapter"](), "capabilities": capabilities, "budget": "small", "trace": False}
+    assert verify(decode, **declared).ok
+    assert not verify(lambda query, cache, *rest, scale: decode(query, cache.flip(0), *rest, scale), **declared).ok
