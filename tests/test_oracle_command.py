@@ -94,7 +94,12 @@ def test_an_adapter_of_ones_own(folder, capsys):
         (["no_such_module:attend"], "No module named 'no_such_module'"),
         (["my_kernels"], "write module:function"),
         (["my_kernels:NUMBER"], "is a int, which cannot be called"),
-        (["my_kernels:right", "--layout", "nonsense"], "unknown adapter 'nonsense'"),
+        (
+            ["my_kernels:right", "--layout", "nonsense"],
+            "unknown adapter 'nonsense'; there are contract, flash_attention, ",
+        ),
+        (["my_kernels:right", "--layout", "mla"], "adapter 'mla' cannot express head_dim 64 with value_dim 64"),
+        (["my_kernels:right", "--layout", "my_kernels:NUMBER"], "is a int, which cannot be called"),
         (["my_kernels:right", "--dtype", "half"], "dtypes may name"),
         (["my_kernels:right", "--capabilities", "missing.json"], "missing.json"),
         (["my_kernels:right", "--capabilities", "my_kernels.py"], "is no JSON"),

@@ -7,6 +7,7 @@ number by number in test_layout_round_trips.py.
 import re
 from collections import Counter
 from itertools import product
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -15,7 +16,7 @@ from layout_faults import FAULTS, PAIRS
 from layout_kernels import KERNELS
 
 from paged.oracle import Capabilities, Case, Conventions, adapters, check, replay, verify
-from paged.oracle.adapters import SHIPPED
+from paged.oracle.adapters import ADAPTERS, SHIPPED
 from paged.oracle.adapters.foreign import FLAGS, Foreign
 from paged.oracle.adapters.latent import Latent
 from paged.oracle.inputs import NoRoom, far_apart
@@ -200,3 +201,22 @@ def test_the_adapter_in_the_documentation_works():
     declared = {"adapter": scope["MyAdapter"](), "capabilities": capabilities, "budget": "small", "trace": False}
     assert verify(decode, **declared).ok
     assert not verify(lambda query, cache, *rest, scale: decode(query, cache.flip(0), *rest, scale), **declared).ok
+
+
+DOCS = (Path(__file__).parent.parent / "docs" / "oracle.md").read_text()
+SECTION = DOCS[DOCS.index("## Kernels with other arguments") :].split("\n## ")[0]
+
+
+def test_the_table_in_the_documentation_names_every_adapter():
+    rows = [line.split("|")[1] for line in SECTION.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(ADAPTERS)
+
+
+def test_the_code_in_the_documentation_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    exec(code, {"__name__": "documentation"})
+    broken = code.replace("p % 16 for p", "max(0, p % 16 - 1) for p")
+    assert broken != code
+    with pytest.raises(AssertionError, match="FAIL"):
+        exec(broken, {"__name__": "documentation"})
