@@ -35,6 +35,7 @@ from paged.oracle.expected import RMS, Problem, answer, solve
 from paged.oracle.inputs import materialise
 from paged.oracle.managers.operations import cases as manager_cases
 from paged.oracle.mutants.attention_variants import FlushesSubnormals
+from paged.oracle.mutants.honest import Attention
 from paged.oracle.rows import row_limit, spread, unlikely_rows
 from paged.oracle.values import FIELD_BITS, KEY, VALUE, random_bits, random_values
 from paged.oracle.writers.cases import cases as writer_cases
@@ -444,3 +445,20 @@ def test_numbers_too_small_for_a_dtype_may_vanish():
     roundoffs = replace(Profile().roundoffs("bfloat16"), least_out=0.0, small_weights=(0.0, 0.0))
     strict = solve(inputs.problem, roundoffs)
     assert ((out.double() - expected.out).abs() > strict.bound).any()
+
+
+def test_scores_that_may_be_off_by_anything_leave_rows_undecided():
+    """Scores of -80 that are kept in bfloat16 are off by up to a quarter; a first-order bound would flag these."""
+
+    class Coarse(Attention):
+        def scores(self, call, query, key):
+            return super().scores(call, query, key).bfloat16().float()
+
+    profile, flagged = Profile(acc_dtype="bfloat16", p_dtype="bfloat16"), 0
+    for seed in range(20):
+        case = Case(sequences=((1, 17), (3, 40)), dtype="bfloat16", kv_dtype="bfloat16", recipe="negative", seed=seed)
+        report = check(Coarse(), case, profile=profile)
+        assert report.ok, report
+        assert "rounding may do anything" in report.not_exercised[0]
+        flagged += not check(Coarse(), case).ok
+    assert flagged, "without the declaration it is wrong"

@@ -7,23 +7,23 @@ final scores s_j, values v_jd and outputs o_d, and unit roundoffs u of a `Profil
     eta_j = (u_q + u_k + (D + 4) u_acc) scale sum_i |q_i| |k_ji| * f  the product of query and key
           + 4 u_acc (|s_j| + |bias_j| + cap + 1) + exp + tanh |s_j|   what follows it
     |error of o_d| <= u_P max(sum_j p_j |v_jd|, sum_j p_j |v_jd - o_d|)   weights rounded before they meet V
-          + 2 sum_j p_j |v_jd - o_d| eta_j                            softmax of scores that are off by eta_j
+          + sum_j p_j |v_jd - o_d| (e^eta_j - 1) / sum_j p_j e^-eta_j   softmax of scores that are off by eta_j
           + (8 sqrt(n) u_acc + u_split + u_k) sum_j p_j |v_jd|        sums, partials, values
           + (u_out + 4 u_acc (|lse| + 1)) |o_d| + least_out
           + sum of min(p_j, lost) |v_jd| over p_j < least             weights that are subnormal in the dtype of P
-    |error of lse| <= sum_j p_j eta_j + 8 sqrt(n) u_acc + 4 u_acc (|lse| + 1)
+    |error of lse| <= log sum_j p_j e^eta_j + 8 sqrt(n) u_acc + 4 u_acc (|lse| + 1)
 
 f is 1, or with a softcap its largest slope within the error of the score, 1 - tanh^2: where the cap is reached, the
 score's error is lost; |bias_j| is taken for the farthest key, from whichever end a kernel counts. Splits and sinks are
-merged by log-sum-exps, each of which is rounded: hence 4 u_acc (|lse| + 1) |o_d|. The softmax terms are its first-order
-perturbation, with a factor of 2 for the rest (condition of softmax: Blanchard, Higham and Higham 2021); sqrt(n) rather
-than n for sums is the probabilistic bound (Higham and Mary 2019).
+merged by log-sum-exps, each of which is rounded: hence 4 u_acc (|lse| + 1) |o_d|. The softmax term holds for errors of
+any size: where scores are so large that they may be off by 1, it says that rounding may do anything. For sums, sqrt(n)
+rather than n is the probabilistic bound (Higham and Mary 2019).
 
 Exact recipes need less room: a weight that is a power of two is not rounded, and sums of +1 and -1 are exact, or if
 weights are normalised before (1 / n is rounded) off by n roundings that are all alike. Then
 
     |error of o_d| <= (u_out + u_P + n u_acc) |o_d| + u_P sum of p_j |v_jd| over the other weights
-          + 2 sum_j p_j |v_jd - o_d| eta_j + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
+          + the softmax term + (u_split + u_k) sum_j p_j |v_jd| + 2^-22 max_j |v_jd|
 
 and what is subnormal, as above: less than 2^-14 in float16, where rounding is off by 2^-25; less than 2^-126 in
 float32 and bfloat16, where GPUs and vectorised exponentials give 0.
@@ -48,6 +48,8 @@ from paged.oracle.declarations import Roundoffs
 
 RMS = 0.4247
 LN_2 = math.log(2.0)
+# exp of more is infinite, and nothing is known of the answer long before.
+LARGEST_EXPONENT = 700.0
 # The products of queries, keys and dims that are held at once.
 MOST_NUMBERS = 1 << 22
 
@@ -170,15 +172,18 @@ def _solve_sequence(
 
     out = torch.einsum("hqn,nhd->qhd", weights, value)
     weight = torch.einsum("hqn,nhd->qhd", weights, value.abs())
-    spread, shaken = _centred(weights, weights * eta, value, out)
+    # Weights p_j exp(d_j) over their sum, for any |d_j| <= eta_j; what a sink takes is not off.
+    least_sum = 1 - (weights * -torch.expm1(-eta)).sum(dim=2)  # [Hq, Q]
+    spread, shaken = _centred(weights, weights * torch.expm1(eta.clamp(max=LARGEST_EXPONENT)), value, out)
+    shaken = shaken / least_sum.T[..., None]
     rounded = torch.where(_dyadic(weights), 0.0, weights) if recipe in EXACT else weights
     if recipe in EXACT:
         bound = (u.out + u.weights + max(n, 8 * math.sqrt(n)) * u.acc) * out.abs()
         bound += u.weights * torch.einsum("hqn,nhd->qhd", rounded, value.abs())
-        bound += 2 * shaken + (u.split + u.keys) * weight
+        bound += shaken + (u.split + u.keys) * weight
         bound += 2.0**-22 * max(1.0, u.acc * 2**24) * (value.abs().amax(dim=0) if n else 0.0)
     else:
-        bound = u.weights * torch.maximum(weight, spread) + 2 * shaken
+        bound = u.weights * torch.maximum(weight, spread) + shaken
         bound += (8 * math.sqrt(n) * u.acc + u.split + u.keys) * weight + u.out * out.abs()
     bound += torch.einsum("hqn,nhd->qhd", _lost(rounded, u), value.abs()) + u.least_out
     bound += (4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)).T[..., None] * out.abs()
@@ -191,7 +196,7 @@ def _solve_sequence(
     sums = 8 * math.sqrt(n) * u.acc + 4 * u.acc * (lse.abs().nan_to_num(posinf=0.0) + 1)
     # The log-sum-exp is over the keys alone, so a sink takes nothing from their shares.
     shares = weights if problem.sinks is None else weights_of(problem.replace(sinks=None), index)[0]
-    lse_bound = (shares * eta).sum(dim=2) + sums
+    lse_bound = torch.logsumexp(shares.log() + eta, dim=2).clamp(min=0.0) + sums if n else sums
     if recipe == "random":
         # A query is rounded once for all its keys, so these errors do not average out: they meet the keys' mean.
         mean_key = torch.einsum("hqn,nhd->qhd", shares * slope, problem.keys[index][:, problem.kv_heads])
