@@ -119,7 +119,8 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
         details.append(
             ("", "the uniform probe of the same geometry passes: each token is counted once, weights are off")
         )
-    details.append(("passes with", "; ".join(passes[:4]) or "none of the neighbouring cases"))
+    if passes or fails:  # where no neighbour may be asked for, nothing is known about them
+        details.append(("passes with", "; ".join(passes[:4]) or "none of the neighbouring cases"))
     if fails:
         details.append(("fails with", "; ".join(fails[:4])))
     return Failure(
