@@ -4,12 +4,13 @@ Passing a case with a window proves nothing about the window if it was so wide t
 noted as exercised only where what is right without it is far outside what is allowed with it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from paged.oracle.calls import Caller, Result
+from paged.oracle.calls import Result
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
 from paged.oracle.expected import Expected, answer, solve
@@ -60,6 +61,21 @@ class Outcome:
         return NAN if self.judgement.findings[0].check == NAN else "wrong numbers"
 
 
+class Asked(Protocol):
+    """Who gives results: a kernel behind a `paged.oracle.calls.Caller`, or a record of what one has returned."""
+
+    capabilities: Capabilities
+
+    @property
+    def hung(self) -> Mishap | None:
+        """The verdict on the call that did not return, if one did not."""
+        ...
+
+    def __call__(self, inputs: Inputs) -> Result | Mishap:
+        """The result of one call, or why there is none."""
+        ...
+
+
 @dataclass
 class Trial:
     """A kernel, how it is called and by what it is judged.
@@ -75,7 +91,7 @@ class Trial:
         undecided: rows so far that could not be judged.
     """
 
-    caller: Caller
+    caller: Asked
     profile: Profile
     conventions: Conventions
     device: str = "cpu"
@@ -126,22 +142,60 @@ class Trial:
         for check, share in outcome.judgement.slack.items():
             self.slack[check] = max(share, self.slack.get(check, 0.0))
         self.undecided += outcome.judgement.undecided
-        case, expected = outcome.case, outcome.expected
-        self.exercised |= {
-            f"dtype {case.dtype}",
-            f"kv_dtype {case.kv_dtype}",
-            f"head_dim {case.head_dim}",
-            f"value_dim {case.value_dim}",
-            f"query_group {case.query_group}",
-            f"block_size {case.block_size}",
-            f"table_dtype {case.table_dtype}",
-        }
-        self.exercised |= set(_traits(case, expected))
-        for feature in FEATURES:
-            if feature not in self.exercised:
-                problem = without(outcome.inputs, feature)
-                if problem is not None and _moves(answer(problem)[0], expected):
-                    self.exercised.add(feature)
+        self.exercised |= exercises(outcome.inputs, outcome.expected, self.exercised)
+
+
+def exercises(inputs: Inputs, expected: Expected, known: Collection[str] = ()) -> set[str]:
+    """What a case exercises, by name: a feature only if the answer would be far outside of its bound without it.
+
+    Args:
+        inputs, expected: of the case.
+        known: features that need not be tried any more.
+
+    Example: among seven tokens a window of eight leaves nothing out.
+        >>> def features(case):
+        ...     inputs = materialise(case)
+        ...     found = exercises(inputs, solve(inputs.problem, Profile().roundoffs("float32"), out_dtype="float32"))
+        ...     return found & set(FEATURES)
+        >>> features(Case(sequences=((1, 7),), window=8)), features(Case(sequences=((1, 7),), window=4))
+        (set(), {'window'})
+    """
+    case = inputs.case
+    found = {
+        f"dtype {case.dtype}",
+        f"kv_dtype {case.kv_dtype}",
+        f"head_dim {case.head_dim}",
+        f"value_dim {case.value_dim}",
+        f"query_group {case.query_group}",
+        f"block_size {case.block_size}",
+        f"table_dtype {case.table_dtype}",
+        *_traits(case, expected),
+    }
+    for feature in FEATURES:
+        if feature not in known:
+            problem = without(inputs, feature)
+            if problem is not None and _moves(answer(problem)[0], expected):
+                found.add(feature)
+    return found
+
+
+def declared_names(can: Capabilities) -> set[str]:
+    """What should be exercised, by the names that `exercises` gives.
+
+    Example:
+        >>> sorted(declared_names(Capabilities(head_dims=(64,), query_groups=(1,), block_sizes=(16,), window=True)))
+        ['block_size 16', 'dtype bfloat16', 'head_dim 64', 'query_group 1', 'table_dtype int32', 'window']
+    """
+    names = {f"dtype {dtype}" for dtype in can.dtypes}
+    names |= {f"kv_dtype {dtype}" for dtype in can.kv_dtypes if dtype != "auto"}
+    names |= {f"head_dim {width}" for width in can.head_dims}
+    names |= {f"value_dim {width}" for width in can.value_dims or ()}
+    names |= {f"query_group {group}" for group in can.query_groups}
+    names |= {f"block_size {size}" for size in can.block_sizes}
+    names |= {f"table_dtype {dtype}" for dtype in can.table_dtypes}
+    flags = ("window", "softcap", "alibi", "sinks", "empty_rows", "negative_padding", "repeated_blocks")
+    names |= {flag for flag in (*flags, "strided_caches", "batch_invariant") if getattr(can, flag)}
+    return names | {name for name in ("kv_scales", "lse") if getattr(can, name) is not None}
 
 
 def _traits(case: Case, expected: Expected) -> Iterable[str]:

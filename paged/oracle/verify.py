@@ -23,7 +23,7 @@ from paged.oracle.judge import EVIDENCE
 from paged.oracle.reduce import reduce
 from paged.oracle.relations import relations
 from paged.oracle.report import Failure, Report
-from paged.oracle.trial import Outcome, Trial
+from paged.oracle.trial import Outcome, Trial, declared_names
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def verify(
         raise ValueError(f"unknown budget {budget!r}; there are {', '.join(BUDGETS)}")
     capabilities, profile = capabilities or Capabilities(), profile or Profile()
     conventions = (conventions or Conventions()).agree_with(capabilities)
-    settings = _settings(capabilities, profile, conventions) | {"budget": budget, "seed": str(seed)}
+    settings = settings_of(capabilities, profile, conventions) | {"budget": budget, "seed": str(seed)}
     adapter = adapter_named(adapter, capabilities)
     found, name = kernel_named(kernel), _kernel_name(kernel)
     if isinstance(found, Mishap):
@@ -127,7 +127,7 @@ def check(
     conventions = (conventions or Conventions()).agree_with(capabilities)
     adapter = adapter_named(adapter, capabilities)
     found, name = kernel_named(kernel), _kernel_name(kernel)
-    settings = _settings(capabilities, profile, conventions)
+    settings = settings_of(capabilities, profile, conventions)
     if isinstance(found, Mishap):
         return Report(name, 0, (mishap_failure(found),), settings=settings)
     trial = Trial(Caller(found, adapter, capabilities, time_limit), profile, conventions, device)
@@ -200,19 +200,23 @@ def _faults(trial: Trial, failing: Sequence[Outcome], trace: bool) -> list[Failu
     """Different faults of the cases that fail, each traced to a small case."""
     if not trace:
         return [_as_it_is(outcome) for outcome in failing]
-    # Cases that fail in the same way with the same features are one fault as a rule.
-    alike: dict[tuple[object, ...], list[Outcome]] = {}
-    for outcome in failing:
-        case = outcome.case
-        features = (case.window is None, case.softcap is None, case.alibi, case.sinks, case.kv_scales is None)
-        kind = (outcome.symptom, *features, case.strides, case.padding, case.repeat)
-        alike.setdefault(kind, []).append(outcome)
     faults: dict[str, Failure] = {}
-    for outcomes in list(alike.values())[:MOST_DIAGNOSED]:
+    for outcomes in alike(failing)[:MOST_DIAGNOSED]:
         if len(faults) < MOST_FAULTS and (trial.caller.hung is None or not faults):
             failure = _traced(trial, outcomes)
             faults.setdefault(failure.fault, failure)
     return list(faults.values())
+
+
+def alike(failing: Sequence[Outcome]) -> list[list[Outcome]]:
+    """Cases that fail in the same way with the same features, together: they are one fault as a rule."""
+    kinds: dict[tuple[object, ...], list[Outcome]] = {}
+    for outcome in failing:
+        case = outcome.case
+        features = (case.window is None, case.softcap is None, case.alibi, case.sinks, case.kv_scales is None)
+        kind = (outcome.symptom, *features, case.strides, case.padding, case.repeat)
+        kinds.setdefault(kind, []).append(outcome)
+    return list(kinds.values())
 
 
 def _as_it_is(outcome: Outcome) -> Failure:
@@ -269,17 +273,7 @@ def _relate(trial: Trial, cases: list[Case]) -> tuple[list[Failure], list[str]]:
 def _not_exercised(trial: Trial) -> list[str]:
     """What was declared, or is checked as a rule, and could not be exercised."""
     can, did = trial.capabilities, trial.exercised
-    names = {f"dtype {dtype}" for dtype in can.dtypes}
-    names |= {f"kv_dtype {dtype}" for dtype in can.kv_dtypes if dtype != "auto"}
-    names |= {f"head_dim {width}" for width in can.head_dims}
-    names |= {f"value_dim {width}" for width in can.value_dims or ()}
-    names |= {f"query_group {group}" for group in can.query_groups}
-    names |= {f"block_size {size}" for size in can.block_sizes}
-    names |= {f"table_dtype {dtype}" for dtype in can.table_dtypes}
-    flags = ("window", "softcap", "alibi", "sinks", "empty_rows", "negative_padding", "repeated_blocks")
-    names |= {flag for flag in (*flags, "strided_caches", "batch_invariant") if getattr(can, flag)}
-    names |= {name for name in ("kv_scales", "lse") if getattr(can, name) is not None}
-    words = [f"{name}: declared, but no case could tell" for name in sorted(names - did)]
+    words = [f"{name}: declared, but no case could tell" for name in sorted(declared_names(can) - did)]
     if can.lse is None:
         words.append("log-sum-exp: not returned; it is the sharpest check of keys")
     if "offsets beyond 2^31 numbers" not in did:
@@ -291,8 +285,13 @@ def _not_exercised(trial: Trial) -> list[str]:
     return words
 
 
-def _settings(*declarations: Capabilities | Profile | Conventions) -> dict[str, str]:
-    """What was declared and is not the default, as text."""
+def settings_of(*declarations: Capabilities | Profile | Conventions) -> dict[str, str]:
+    """What was declared and is not the default, as text.
+
+    Example:
+        >>> settings_of(Capabilities(window=True), Profile(), Conventions(empty_lse="any"))
+        {'window': 'True', 'empty_lse': 'any'}
+    """
     return {
         field.name: str(getattr(declared, field.name))
         for declared in declarations
