@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from paged.cli import main
-from paged.oracle.command import read_declarations
+from paged.oracle.declared import read_declarations
 
 KERNELS = '''
 import torch
@@ -122,6 +122,7 @@ def test_what_cannot_be_checked_is_an_error_in_one_line(folder, capsys, argument
         ('{"capabilities": 5}', "has to hold an object"),
         ("[]", "has to hold an object"),
         ('{"profile": {"p_dtype": "float1"}}', "p_dtype must be one of"),
+        ('{"profile": {"exp_rel": "small"}}', "profile: '<=' not supported"),
     ],
 )
 def test_declarations_that_cannot_be(tmp_path, text, said):

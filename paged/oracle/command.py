@@ -1,24 +1,17 @@
 """`paged check MODULE:FUNCTION`: the oracle on the command line.
 
-Declarations come from a file, and the most common ones from options:
-
-    {"capabilities": {"dtypes": ["float16"], "window": true, "lse": "e"},
-     "profile": {"p_dtype": "float32"},
-     "conventions": {"empty_lse": "any"}}
+Declarations come from a file (see `paged.oracle.declared`), and the most common ones from options.
 """
 
-import json
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paged.oracle.declarations import Capabilities, Conventions, Profile
+from paged.oracle.declared import read_declarations
 from paged.oracle.guard import Mishap, kernel_named
 from paged.oracle.verify import verify
-
-SECTIONS = {"capabilities": Capabilities, "profile": Profile, "conventions": Conventions}
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class CheckSettings:
         adapter: the name of one that ships, or "module:Class" of one's own.
         dtypes: of queries and output, instead of the file's.
         device, budget, seed, max_shapes, time_limit: as for `verify`.
-        declarations: a file as above.
+        declarations: a file as in `paged.oracle.declared`.
         as_json: print the report as JSON.
         junit: write it as JUnit XML, too.
     """
@@ -77,40 +70,6 @@ def run_check(settings: CheckSettings) -> int:
         settings.junit.write_text(report.to_junit())
     print(report.to_json() if settings.as_json else report)
     return 0 if report.ok else 1
-
-
-def read_declarations(file: Path | None) -> dict[str, Any]:
-    """The three declarations from a file; the defaults without one.
-
-    Raises:
-        ValueError: no JSON, or something in it that nobody knows.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> read_declarations(None)["capabilities"].dtypes
-        ('bfloat16',)
-    """
-    given: Any = {}
-    if file is not None:
-        try:
-            given = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is no JSON: {error}") from None
-        if not isinstance(given, dict) or not all(isinstance(section, dict) for section in given.values()):
-            raise ValueError(f"{file} has to hold an object of the objects {', '.join(SECTIONS)}")
-    _known(given, list(SECTIONS), f"{file}")
-    declared = {}
-    for name, kind in SECTIONS.items():
-        section = given.get(name, {})
-        _known(section, [field.name for field in fields(kind)], f"{file}, {name}")
-        declared[name] = kind(**section)
-    return declared
-
-
-def _known(given: dict[str, Any], names: list[str], where: str) -> None:
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(names)}")
 
 
 def _kernel(name: str) -> Any:
