@@ -12,6 +12,8 @@ EXAMPLES = """examples:
   paged demo --plot memory.png        and a picture of both pools
   paged demo --json > demo.json       the same figures for a program
   paged check my_kernel:attend        whether a kernel is right, and which token it gets wrong
+  paged oracle export golden          cases and right answers as files, for kernels that are not Python
+  paged oracle judge golden --output out.safetensors
 """
 
 
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return {"demo": _demo, "check": _check}[options.command](options)
+        return {"demo": _demo, "check": _check, "oracle": _oracle}[options.command](options)
     except (ValueError, OSError) as error:
         print(f"paged: error: {error}", file=sys.stderr)
         return 2
@@ -48,12 +50,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    try:
-        import hypothesis  # noqa: F401 (drawn cases need it)
-    except ImportError:
-        raise ValueError(
-            "paged check needs hypothesis; install paged with the extra 'oracle': pip install 'paged[oracle]'"
-        ) from None
+    _needs_hypothesis("paged check")
     from paged.oracle.command import CheckSettings, run_check
 
     return run_check(
@@ -73,6 +70,33 @@ def _check(options: argparse.Namespace) -> int:
     )
 
 
+def _oracle(options: argparse.Namespace) -> int:
+    _needs_hypothesis("paged oracle")
+    from paged.oracle.golden.command import ExportSettings, run_export, run_judge
+
+    if options.action == "judge":
+        return run_judge(options.folder, options.output, options.json)
+    return run_export(
+        ExportSettings(
+            folder=options.folder,
+            dtypes=tuple(options.dtype),
+            declarations=options.capabilities,
+            num_cases=options.cases,
+            seed=options.seed,
+            as_json=options.json,
+        )
+    )
+
+
+def _needs_hypothesis(command: str) -> None:
+    try:
+        import hypothesis  # noqa: F401 (drawn cases need it)
+    except ImportError:
+        raise ValueError(
+            f"{command} needs hypothesis; install paged with the extra 'oracle': pip install 'paged[oracle]'"
+        ) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="paged",
@@ -84,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_check(commands)
+    _add_oracle(commands)
     return parser
 
 
@@ -116,6 +141,37 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.add_argument("--junitxml", type=Path, metavar="FILE", help="write the report as JUnit XML, too")
+
+
+def _add_oracle(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    oracle = commands.add_parser(
+        "oracle",
+        help="golden files: cases, right answers and bounds for kernels that are not Python",
+        description="Golden files are cases with their right answers and the room around them. A kernel in any "
+        "language reads the cases and writes its outputs to one safetensors file, which is then judged.",
+    )
+    actions = oracle.add_subparsers(dest="action", metavar="ACTION", required=True)
+    export = actions.add_parser("export", help="write a folder of golden files and their manifest.json")
+    export.add_argument("folder", type=Path, metavar="DIR", help="new, or empty")
+    export.add_argument(
+        "--capabilities", type=Path, metavar="FILE", help="JSON with capabilities, profile and conventions"
+    )
+    export.add_argument(
+        "--dtype", nargs="+", default=[], metavar="DTYPE", help="of queries and output (default: bfloat16)"
+    )
+    export.add_argument("--cases", type=int, metavar="N", help="how many (default: one round of directed ones)")
+    export.add_argument("--seed", type=int, default=0, help="of the numbers (default: 0)")
+    export.add_argument("--json", action="store_true", help="print what was written as JSON")
+    judge = actions.add_parser(
+        "judge",
+        help="whether the outputs in a file are right, and which token is wrong",
+        description="Exit code 0: right; 1: wrong; 2: a file is missing or is not what it should be.",
+    )
+    judge.add_argument("folder", type=Path, metavar="DIR", help="with golden files")
+    judge.add_argument(
+        "--output", type=Path, metavar="FILE", required=True, help="safetensors with NAME.out, and NAME.lse if declared"
+    )
+    judge.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -7,8 +7,10 @@
 
 A kernel is called on cases whose right answer is known in float64, with a bound for every element that follows from
 where the kernel says it rounds. To be read in this order: declarations, case, values, recipes, inputs, expected, rows,
-judge, guard, calls, syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, verify; writers and
-managers of blocks have rooms of their own.
+judge, guard, calls, syndrome, explain, trial, directed, drawn, relations, reduce, diagnose, report, verify.
+
+Kernels with other arguments have adapters, and kernels that are not Python golden files; writers and managers of blocks
+are judged in rooms of their own.
 """
 
 from importlib.util import find_spec
@@ -19,6 +21,8 @@ if find_spec("hypothesis") is None:
 from paged.oracle.adapters import Adapter
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
+from paged.oracle.golden.export import export
+from paged.oracle.golden.judge import judge_files
 from paged.oracle.managers.operations import ManagerCase
 from paged.oracle.managers.protocol import Manager, ManagerCapabilities, OwnBlocks
 from paged.oracle.managers.verify import replay_manager, verify_manager
@@ -42,6 +46,8 @@ __all__ = [
     "WriteCapabilities",
     "WriteCase",
     "check",
+    "export",
+    "judge_files",
     "replay",
     "replay_manager",
     "replay_write",
