@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from paged.oracle.calls import Result
+from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities
 from paged.oracle.diagnose import diagnose
 from paged.oracle.golden.files import EXPECTED, digest, expected_tensors, input_tensors, read_tensors
@@ -180,24 +181,29 @@ def _failures(trial: Trial, entries: Sequence[Entry], outcomes: Mapping[str, Out
     # Companions tell where a leak comes from; they are no cases of their own unless nothing else fails.
     whole = [entry for entry in failing if entry.poisoned is None] or failing
     accompanied = {entry.case for entry in entries if entry.poisoned is not None}
-    # The exact probe that names a token first, then what has companions, then what is small.
-    ordered = sorted(
-        whole,
-        key=lambda entry: (
-            entry.case.recipe != "uniform",
-            entry.case not in accompanied,
-            sum(query_len * seq_len for query_len, seq_len in entry.case.sequences) * entry.case.num_heads,
-        ),
-    )
+    ordered = sorted(whole, key=lambda entry: _how_telling(entry.case, entry.case in accompanied))
     faults: dict[str, Failure] = {}
     for group in alike([outcomes[entry.name] for entry in ordered])[:MOST_DIAGNOSED]:
         if len(faults) < MOST_FAULTS:
             failure = diagnose(trial, group[0], group[:MOST_COMPARED])
             names = [entry.name for entry in ordered if any(outcomes[entry.name] is outcome for outcome in group)]
             faults.setdefault(failure.fault, replace(failure, details=(*failure.details, ("file", names[0]))))
-    return tuple(
-        replace(failure, details=(*failure.details, *_shared(entries, failing))) for failure in faults.values()
-    )
+    # What cannot be named is the same fault as a rule, in files that tell less.
+    named = [failure for failure in faults.values() if failure.letter != "-"] or list(faults.values())
+    shared = _shared(entries, failing) if failing else []
+    return tuple(replace(failure, details=(*failure.details, *shared)) for failure in named)
+
+
+def _how_telling(case: Case, accompanied: bool) -> tuple[int, int]:
+    """For sorting: exact probes that name a token, then leaks that have a source, then what is clean; small ones first.
+
+    Args:
+        case: that fails.
+        accompanied: whether it has companions with one region clean.
+    """
+    clean = case.poison == "none"
+    rank = 0 if clean and case.recipe == "uniform" else 1 if accompanied else 2 if clean else 3
+    return rank, sum(query_len * seq_len for query_len, seq_len in case.sequences) * case.num_heads
 
 
 def _shared(entries: Sequence[Entry], failing: Sequence[Entry]) -> list[tuple[str, str]]:
