@@ -6,10 +6,12 @@ clean, so that a leak has a source although the kernel cannot be called again.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 
 from paged.oracle.case import Case
@@ -43,7 +45,10 @@ def export(
     num_cases: int | None = None,
     seed: int = 0,
 ) -> Manifest:
-    """Write golden files and their manifest. The same arguments give the same bytes.
+    """Write golden files and their manifest.
+
+    The same arguments give the same bytes. On another machine, whose sums may have another order, that holds for all
+    inputs; what is expected may differ in its last digits.
 
     Args:
         folder: made if it is not there; there must be nothing in it.
@@ -72,7 +77,17 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: golden files go into a folder of their own")
-    cases = _cases(Turns(replace(capabilities, strided_caches=False), conventions, seed), profile, num_cases)
+    with _one_thread():
+        cases = _cases(Turns(replace(capabilities, strided_caches=False), conventions, seed), profile, num_cases)
+        entries = _write(folder, cases, profile, conventions)
+    missing = _not_exercised(capabilities, entries)
+    manifest = Manifest(capabilities, profile, conventions, seed, tuple(entries), missing)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return manifest
+
+
+def _write(folder: Path, cases: Sequence[Case], profile: Profile, conventions: Conventions) -> list[Entry]:
+    """A file for each case and companion."""
     entries: list[Entry] = []
     seen: set[str] = set()
     for case, poisoned in _with_companions(cases, conventions):
@@ -89,10 +104,18 @@ def export(
         entry = _entry(name, sha256(content).hexdigest(), inputs, expected, conventions, poisoned)
         (folder / entry.file).write_bytes(content)
         entries.append(entry)
-    missing = _not_exercised(capabilities, entries)
-    manifest = Manifest(capabilities, profile, conventions, seed, tuple(entries), missing)
-    (folder / MANIFEST).write_text(manifest.to_json())
-    return manifest
+    return entries
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """How many threads there are decides the order of sums, and so the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cases(turns: Turns, profile: Profile, count: int | None) -> list[Case]:

@@ -133,10 +133,14 @@ def _entry(given: dict[str, Any], path: str) -> Entry:
         raise ValueError(f"{path}: a file's name is made of letters, digits and _, got {name!r}")
     if poisoned is not None and not set(poisoned) <= set(REGIONS):
         raise ValueError(f"{path}, {name}: poisoned may name {', '.join(REGIONS)}, got {poisoned!r}")
+    try:
+        case = Case.from_json(json.dumps(given["case"]))
+    except ValueError as error:
+        raise ValueError(f"{path}, {name}: {error}") from None
     return Entry(
         name=name,
         sha256=str(given["sha256"]),
-        case=Case.from_json(json.dumps(given["case"])),
+        case=case,
         poisoned=None if poisoned is None else tuple(poisoned),
         exercises=tuple(map(str, given["exercises"])),
         any_rows=dict(given["any_rows"]),
