@@ -8,6 +8,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden_files import BAD, CAN, EXAMPLES, PLAIN, ROOT, build, raw, results_of, run_program, small_folder
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from paged.cli import main
 from paged.oracle import Conventions, export
 from paged.oracle.golden.manifest import Manifest
+from paged.oracle.values import CODE_VALUE, cancelling_signs
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,16 @@ def programs(tmp_path_factory) -> dict[str, Path]:
 
 
 # --- C++ --------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_tests_are_skipped_but_fail_in_ci(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"needs a C\+\+ compiler"):
+        build("check", tmp_path)
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match=r"needs a C\+\+ compiler"):
+        build("check", tmp_path)
 
 
 def test_a_kernel_in_cpp_goes_all_the_way_round(golden, programs, tmp_path, capsys):
@@ -114,7 +126,15 @@ def test_files_that_lie_about_their_size_are_refused(small, programs, tmp_path):
     (length,) = struct.unpack("<Q", output[:8])
     header = json.loads(output[8 : 8 + length])
     name = min(header)
-    for change in ({"data_offsets": [0, 1 << 40]}, {"shape": [1 << 40]}, {"dtype": "F4"}, {"dtype": "C64"}):
+    far = [(1 << 40) + offset for offset in header[name]["data_offsets"]]
+    lies = (
+        {"data_offsets": far},
+        {"data_offsets": [0, 1 << 40]},
+        {"shape": [1 << 40]},
+        {"dtype": "F4"},
+        {"dtype": "C64"},
+    )
+    for change in lies:
         text = json.dumps(header | {name: header[name] | change}).encode()
         (tmp_path / "out.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + output[8 + length :])
         assert run_program(programs["check"], small / "golden", tmp_path / "out.safetensors").returncode == 2
@@ -143,6 +163,12 @@ def test_vectors_of_the_documentation(values):
         assert found == int(bits, 16)
         assert values.random_value(found, "bfloat16") == float(bfloat16)
         assert values.random_value(found, "float32") == float(float32)
+
+
+def test_signs_are_those_of_the_oracle(values):
+    tokens = [0, 1, 9, 69, 2**20 + 3, 2**39 + 2**20 + 72]
+    signs = [[values.cancelling_sign(7, token, 1, dim, 9) for dim in range(9)] for token in tokens]
+    assert signs == cancelling_signs(7, CODE_VALUE, np.array(tokens), 2, 9)[:, 1].tolist()
 
 
 def test_inputs_can_be_made_from_what_the_documentation_says(values, tmp_path):
