@@ -155,7 +155,7 @@ def exercises(inputs: Inputs, expected: Expected, known: Collection[str] = ()) -
     Example: among seven tokens a window of eight leaves nothing out.
         >>> def features(case):
         ...     inputs = materialise(case)
-        ...     found = exercises(inputs, solve(inputs.problem, Profile().roundoffs("float32"), out_dtype="float32"))
+        ...     found = exercises(inputs, solve(inputs.problem, Profile().roundoffs("float32")))
         ...     return found & set(FEATURES)
         >>> features(Case(sequences=((1, 7),), window=8)), features(Case(sequences=((1, 7),), window=4))
         (set(), {'window'})

@@ -156,7 +156,7 @@ def _solved(
     case: Case, profile: Profile, conventions: Conventions, poisoned: tuple[str, ...] | None = None
 ) -> tuple[Inputs, Expected]:
     inputs = materialise(case, conventions, poisoned=poisoned)
-    return inputs, solve(inputs.problem, profile.roundoffs(case.dtype), out_dtype=case.dtype, recipe=case.recipe)
+    return inputs, solve(inputs.problem, profile.roundoffs(case.dtype), recipe=case.recipe)
 
 
 def _tells(inputs: Inputs, expected: Expected) -> set[str]:
