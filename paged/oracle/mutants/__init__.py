@@ -1,25 +1,15 @@
 """Kernels that are wrong on purpose, and kernels that are right in another way: what the oracle itself is tested with.
 
-Every mutant deviates from the honest kernel of `honest` in one step, as kernels did that people have used in earnest;
-where it was reported in public, the thread is named. The oracle must find each of them, and none of the variants.
+Every mutant deviates from an honest kernel in one step, as kernels did that people have used in earnest; where that was
+reported in public, the thread is named. The oracle must find each of them, and none of the variants.
 
-    attention_slots     A to E: which slots are read
-    attention_scores    F to J, M, N: who sees whom, and what becomes of a score
-    attention_sums      K, L, O, R: softmax, splits, precision, scales, memory of earlier calls
-    attention_variants  right all the same
+    attention   kernels of paged attention: classes A to O and R
+    writers     kernels that write keys and values: mostly P
+    managers    block managers: mostly Q
+    registry    the classes, and how mutants of attention are listed
 """
 
-from paged.oracle.mutants import attention_scores, attention_slots, attention_sums, attention_variants
+from paged.oracle.mutants import attention
 from paged.oracle.mutants.registry import ATTENTION_MUTANTS, ATTENTION_VARIANTS, CLASSES, Mutant, Variant
 
-__all__ = [
-    "ATTENTION_MUTANTS",
-    "ATTENTION_VARIANTS",
-    "CLASSES",
-    "Mutant",
-    "Variant",
-    "attention_scores",
-    "attention_slots",
-    "attention_sums",
-    "attention_variants",
-]
+__all__ = ["ATTENTION_MUTANTS", "ATTENTION_VARIANTS", "CLASSES", "Mutant", "Variant", "attention"]

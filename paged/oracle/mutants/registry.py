@@ -11,11 +11,13 @@ its class, and nobody has been asked about it in public.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar
 
 from paged.oracle.declarations import Capabilities, Conventions, Profile
 
 Kernel = TypeVar("Kernel", bound=type)
+Base = TypeVar("Base")
 
 # What the short names of repositories stand for.
 THREADS_OF = {
@@ -129,6 +131,27 @@ def variant(
         return kernel
 
     return listed
+
+
+def defined_in(base: type[Base], *modules: ModuleType) -> tuple[type[Base], ...]:
+    """The classes of some modules that are a base or derive from it, in the order in which they are written.
+
+    Args:
+        base: a writer or manager.
+        modules: what they import from one another is not theirs.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> import numbers
+        >>> [kind.__name__ for kind in defined_in(numbers.Real, numbers)]
+        ['Real', 'Rational', 'Integral']
+    """
+    return tuple(
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == module.__name__
+    )
 
 
 def snake_case(name: str) -> str:

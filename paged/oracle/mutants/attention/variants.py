@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paged.oracle.declarations import Conventions, Profile
-from paged.oracle.mutants.honest import LOWEST, Attention, Call, SplitAttention
+from paged.oracle.mutants.attention.honest import LOWEST, Attention, Call, SplitAttention
 from paged.oracle.mutants.registry import variant
 
 EVERYTHING: dict[str, Any] = {
