@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged.oracle.mutants.attention_variants import FlushesSubnormals
+from paged.oracle.mutants.honest import Attention
 from torch import Tensor
 
 from paged.attention import fused, gathered
@@ -31,11 +33,10 @@ from paged.oracle import (
     verify,
 )
 from paged.oracle.drawn import cases, search
-from paged.oracle.expected import RMS, Problem, answer, solve
+from paged.oracle.exact import Problem, answer
+from paged.oracle.expected import RMS, solve
 from paged.oracle.inputs import materialise
 from paged.oracle.managers.operations import cases as manager_cases
-from paged.oracle.mutants.attention_variants import FlushesSubnormals
-from paged.oracle.mutants.honest import Attention
 from paged.oracle.rows import row_limit, spread, unlikely_rows
 from paged.oracle.values import FIELD_BITS, KEY, VALUE, random_bits, random_values
 from paged.oracle.writers.cases import cases as writer_cases

@@ -6,16 +6,19 @@ which neighbouring cases it gets right.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from paged.oracle.calls import Result
 from paged.oracle.case import EXACT, Case
-from paged.oracle.explain import Alternative, explain
+from paged.oracle.evidence import between_calls, witnesses
+from paged.oracle.explain import explain
 from paged.oracle.guard import Mishap
 from paged.oracle.inputs import FEW, MUST_MASK, MUST_NOT_READ
 from paged.oracle.judge import EVIDENCE, LSE, NAN, Finding
+from paged.oracle.naming import PLAIN, Known, name_of
 from paged.oracle.picture import picture
+from paged.oracle.placement import placement
 from paged.oracle.report import Failure
+from paged.oracle.rounding import rounding
 from paged.oracle.syndrome import Syndrome, decode, row_of, sequence_of
 from paged.oracle.trial import Outcome, Trial
 
@@ -29,40 +32,6 @@ MISHAPS = {
     "writes": "writes into its inputs",
     "import": "cannot be imported",
 }
-# What a passing neighbour says about the fault, where nothing else explains it: the field that was made plain.
-PLAIN = {
-    "strides": ("dense", "wrong for caches whose blocks do not lie one behind another", "E"),
-    "first_block": (1, "wrong for large block numbers", "B"),
-    "repeat": (None, "wrong where a block occurs twice in a table", "D"),
-    "padding": ("null", "wrong where padding entries of a table are -1", "D"),
-    "extra_columns": (0, "wrong where a table is wider than its longest sequence needs", "D"),
-    "table_dtype": ("int32", "wrong for tables of int64", "B"),
-    "order": ("identity", "wrong where blocks do not lie in order", "D"),
-    "shared_blocks": (0, "wrong where sequences share blocks", "D"),
-    "kv_scales": (None, "wrong with scales of keys and values", "O"),
-    "window": (None, "wrong with a window", "G"),
-    "softcap": (None, "wrong with a softcap", "H"),
-    "alibi": (False, "wrong with ALiBi", "J"),
-    "sinks": (False, "wrong with sinks", "I"),
-}
-KINDS = {
-    "missing": ("tokens are not counted", "C"),
-    "extra": ("tokens are counted that should not be", "C"),
-    "twice": ("tokens are counted twice", "K"),
-    "replaced": ("other tokens are read", "D"),
-    "denominator": ("the weights are divided by the wrong sum", "K"),
-    "head": ("another head's values are read", "M"),
-    "zeros": ("rows are 0", "K"),
-}
-
-
-@dataclass(frozen=True)
-class Name:
-    """A fault's name, its class, and what would have to be declared if it is a convention."""
-
-    fault: str
-    letter: str
-    declare: str | None = None
 
 
 def mishap_failure(mishap: Mishap, case: Case | None = None, original: str = "") -> Failure:
@@ -93,16 +62,29 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
     finding = outcome.judgement.findings[0]
     leak = _leak(trial, outcome)
     probe, syndrome = _probe(trial, outcome)
+    between = between_calls(trial, outcome, others[-1] if others else None)
     # Poison that leaks is nobody's values, so no other attention explains it.
-    clean = [one for one in (*others, outcome) if one.case.poison == "none"] or [outcome]
-    calls = [(one.inputs, one.result) for one in clean if isinstance(one.result, Result)]
-    other = explain(calls, trial.profile, trial.conventions)
+    seen = [] if between is not None else witnesses(trial, outcome, others)
+    other = explain(seen, trial.profile, trial.conventions)
     passes, fails = _neighbours(trial, outcome)
     telling = syndrome
     if syndrome is not None and syndrome.kind == "zeros":
         # One token alone says little: a row of zeros is what is left of many faults. A larger case may say more.
         telling = next((read for one in others if (read := _read(one, trial)) and read.kind != "zeros"), syndrome)
-    name = _name(outcome, finding, leak, telling, other, passes, probe)
+    name = name_of(
+        Known(
+            outcome,
+            finding,
+            between,
+            other,
+            leak if all(witness.ok for witness in seen) else None,
+            placement(seen),
+            telling,
+            rounding(seen, trial.profile, trial.conventions) if other is None else None,
+            passes,
+            all(witness.ok for witness in seen if witness.case.recipe == "random"),
+        )
+    )
     details = [("where", _where(outcome, finding)), *_numbers(finding)]
     if syndrome is not None:
         among = f" (or one of {syndrome.others} other tokens with this code)" if syndrome.others else ""
@@ -174,41 +156,6 @@ def _read(probe: Outcome, trial: Trial) -> Syndrome | None:
     row, head = wrong[0].row, wrong[0].head
     roundoffs = trial.profile.roundoffs(case.dtype)
     return decode(probe.inputs, row, head, probe.result.out[row, head], roundoffs.out + roundoffs.weights)
-
-
-def _name(
-    outcome: Outcome,
-    finding: Finding,
-    leak: str | None,
-    syndrome: Syndrome | None,
-    other: Alternative | None,
-    passes: list[str],
-    probe: Outcome | None,
-) -> Name:
-    """The most telling of what is known: a leak, another attention, what is odd about the case, a token."""
-    if leak is not None:
-        verb = "reads" if outcome.case.poison == "nan" else "does not mask"
-        return Name(f"{verb} {leak} slots", "A")
-    if other is not None:
-        return Name(other.fault, other.letter, other.declare)
-    if outcome.case.strides == "far" and "strides dense" in passes:
-        return Name("wrong beyond 2^31 numbers or 2^32 bytes", "B")
-    for field, (plain, words, letter) in PLAIN.items():
-        if getattr(outcome.case, field) != plain and f"{field} {plain}" in passes:
-            return Name(words, letter)
-    if syndrome is not None:
-        return Name(*KINDS[syndrome.kind])
-    if finding.check == NAN:
-        return Name("returns NaN or infinities", "L")
-    if finding.check == LSE:
-        return Name("the log-sum-exp is wrong, the output is right", "K")
-    if outcome.case.recipe in ("large", "negative"):
-        return Name("wrong where scores are large", "L")
-    if _lse_is_right(outcome):
-        return Name("values are read wrong, as many tokens as there are", "E")
-    if outcome.case.recipe != "uniform" and probe is not None and probe.ok:
-        return Name("the weights are wrong, values are read right", "E")
-    return Name("wrong numbers", "-")
 
 
 def _neighbours(trial: Trial, outcome: Outcome) -> tuple[list[str], list[str]]:

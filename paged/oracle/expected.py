@@ -1,7 +1,6 @@
-"""What is right, and how far from it a right kernel may be: attention in float64, with a bound for every element.
+"""How far from what is right a right kernel may be: a bound for every element.
 
-A `Problem` is attention without blocks: for each sequence its queries, keys and values, as the stored numbers mean
-them. `solve` computes it from the definition, a head at a time, and bounds what rounding can do. With weights p_j,
+`solve` computes a `Problem` in float64, a head at a time, and bounds what rounding can do. With weights p_j,
 final scores s_j, values v_jd and outputs o_d, and unit roundoffs u of a `Profile` (P the weights, acc the sums):
 
     eta_j = (u_q + u_k + (D + 4) u_acc) scale sum_i |q_i| |k_ji| * f  the product of query and key
@@ -37,7 +36,7 @@ significands are spread as logarithms are (sqrt(E[1 / m^2] / 3), m from 1 to 2).
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,48 +44,13 @@ from torch import Tensor
 
 from paged.oracle.case import EXACT
 from paged.oracle.declarations import Roundoffs
+from paged.oracle.exact import LN_2, Problem, by_convention, empty_rows, weights_of
 
 RMS = 0.4247
-LN_2 = math.log(2.0)
 # exp of more is infinite, and nothing is known of the answer long before.
 LARGEST_EXPONENT = 700.0
 # The products of queries, keys and dims that are held at once.
 MOST_NUMBERS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Attention of several sequences, without blocks, as a kernel is meant to compute it.
-
-    Attributes:
-        queries: [Q, Hq, D] of each sequence, float64.
-        keys, values: [n, Hkv, D] and [n, Hkv, Dv] of each.
-        first_positions: where each sequence's first query token sits.
-        kv_heads: [Hq] which KV head each query head reads.
-        scale, window, softcap: of the contract; the window counts the query itself.
-        slopes, sinks: [Hq] or None.
-        lse_base, lse_includes_sink, alibi_origin, empty_lse, empty_out: see `Conventions`.
-    """
-
-    queries: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    first_positions: tuple[int, ...]
-    kv_heads: Tensor
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    lse_base: str = "e"
-    lse_includes_sink: bool = False
-    alibi_origin: str = "query"
-    empty_lse: str = "-inf"
-    empty_out: str = "zero"
-
-    def replace(self, **changes: object) -> "Problem":
-        """The same problem but for `changes`."""
-        return replace(self, **changes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -115,26 +79,6 @@ class Expected:
     roundoffs: Roundoffs
 
 
-def answer(problem: Problem) -> tuple[Tensor, Tensor]:
-    """What is right, without bounds: out [T, Hq, Dv] and lse [T, Hq].
-
-    Example: two equal scores, so the mean of the values.
-        >>> ones = torch.ones(2, 1, 1, dtype=torch.float64)
-        >>> values = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64)
-        >>> problem = Problem((ones[:1],), (ones,), (values,), (1,), torch.tensor([0]), scale=1.0)
-        >>> round(answer(problem)[0].item(), 9)
-        2.0
-    """
-    outs, lses = [], []
-    for index in range(len(problem.queries)):
-        weights, lse, _ = weights_of(problem, index)
-        value = problem.values[index][:, problem.kv_heads]  # [n, Hq, Dv]
-        outs.append(torch.einsum("hqn,nhd->qhd", weights, value))
-        lses.append(lse.T)
-    empty = _empty(problem)
-    return _by_convention(problem, torch.cat(outs), torch.cat(lses), empty)
-
-
 def solve(problem: Problem, roundoffs: Roundoffs, *, recipe: str = "random") -> Expected:
     """What is right and how far from it a right kernel may be.
 
@@ -155,8 +99,8 @@ def solve(problem: Problem, roundoffs: Roundoffs, *, recipe: str = "random") -> 
     out, lse, bound, lse_bound, deviation, weight, concentration = (
         torch.cat(columns) for columns in zip(*parts, strict=True)
     )
-    empty = _empty(problem)
-    out, lse = _by_convention(problem, out, lse, empty)
+    empty = empty_rows(problem)
+    out, lse = by_convention(problem, out, lse, empty)
     unit = LN_2 if problem.lse_base == "2" else 1.0
     return Expected(out, lse, bound, lse_bound / unit, deviation, weight, concentration, empty, problem, roundoffs)
 
@@ -207,27 +151,6 @@ def _solve_sequence(
     return out, lse.T, bound, lse_bound.T, deviation, weight, (shares**2).sum(dim=2).T
 
 
-def weights_of(problem: Problem, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [Hq, Q, n] (their sum leaves room for a sink), log-sum-exp of the keys [Hq, Q], scores [Hq, Q, n]."""
-    query, key = problem.queries[index], problem.keys[index][:, problem.kv_heads]
-    scores = problem.scale * torch.einsum("qhd,nhd->hqn", query, key)
-    if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    scores = scores + _bias(problem, index)
-    distance = _distance(problem, index)
-    seen = distance >= 0
-    if problem.window is not None:
-        seen &= distance < problem.window
-    scores = torch.where(seen, scores, -torch.inf)
-    if not len(key):
-        return scores, scores.new_full(scores.shape[:2], -torch.inf), scores
-    lse = torch.logsumexp(scores, dim=2)
-    # By softmax and not by exp(scores - lse): with scores in the hundreds the difference has lost three digits.
-    sink = torch.full_like(lse, -torch.inf) if problem.sinks is None else problem.sinks[:, None].expand_as(lse)
-    weights = torch.softmax(torch.cat([scores, sink[..., None]], dim=2), dim=2)[..., :-1].nan_to_num(nan=0.0)
-    return weights, lse, scores.nan_to_num(neginf=0.0)
-
-
 class ScoreErrors(NamedTuple):
     """How far scores may be off: [Hq, Q, n] each.
 
@@ -271,24 +194,6 @@ def score_errors(problem: Problem, index: int, u: Roundoffs, scores: Tensor) -> 
     return ScoreErrors(eta * slope + after + alike, variance, slope, alike)
 
 
-def _distance(problem: Problem, index: int) -> Tensor:
-    """[Q, n] how far each key lies before each query."""
-    positions = problem.first_positions[index] + torch.arange(len(problem.queries[index]))
-    return positions[:, None] - torch.arange(len(problem.keys[index]))
-
-
-def _bias(problem: Problem, index: int) -> Tensor:
-    """[Hq, Q, n] what ALiBi adds: slope times (key position - origin)."""
-    distance = _distance(problem, index).double()
-    if problem.slopes is None:
-        return torch.zeros(1, 1, 1, dtype=torch.float64)
-    if problem.alibi_origin == "last_key":
-        distance = (len(problem.keys[index]) - 1 - torch.arange(len(problem.keys[index]))).double().expand_as(distance)
-    elif problem.alibi_origin == "first_key":
-        distance = -torch.arange(len(problem.keys[index])).double().expand_as(distance)
-    return -problem.slopes[:, None, None] * distance
-
-
 def _centred(weights: Tensor, shaken: Tensor, value: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """sum_j w_j |v_jd - o_d| for two sets of weights [Hq, Q, n], each [Q, Hq, Dv]; some queries at a time."""
     spread, moved = torch.zeros_like(out), torch.zeros_like(out)
@@ -316,26 +221,3 @@ def _dyadic(weights: Tensor) -> Tensor:
     """Where a weight is a power of two of its row's largest, or nothing: no dtype has to round it."""
     exponent = torch.log2(weights / weights.amax(dim=2, keepdim=True)) if weights.shape[2] else weights
     return (weights == 0) | ((exponent - exponent.round()).abs() < 1e-4)
-
-
-def _empty(problem: Problem) -> Tensor:
-    """[T] rows that see no key."""
-    rows = []
-    for index in range(len(problem.queries)):
-        distance = _distance(problem, index)
-        seen = distance >= 0 if problem.window is None else (distance >= 0) & (distance < problem.window)
-        rows.append(~seen.any(dim=1))
-    return torch.cat(rows)
-
-
-def _by_convention(problem: Problem, out: Tensor, lse: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """The same answer as this kernel is meant to write it down."""
-    if problem.lse_includes_sink and problem.sinks is not None:
-        lse = torch.logaddexp(lse, problem.sinks)
-    if problem.lse_base == "2":
-        lse = lse / LN_2
-    empty_lse = {"-inf": -torch.inf, "+inf": torch.inf, "zero": 0.0, "any": torch.nan}[problem.empty_lse]
-    if not problem.lse_includes_sink or problem.sinks is None:
-        lse = torch.where(empty[:, None], empty_lse, lse)
-    empty_out = {"zero": 0.0, "nan": torch.nan, "any": torch.nan}[problem.empty_out]
-    return torch.where(empty[:, None, None], empty_out, out), lse

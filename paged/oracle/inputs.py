@@ -22,7 +22,7 @@ from torch import Tensor
 from paged.oracle import recipes
 from paged.oracle.case import Case
 from paged.oracle.declarations import Conventions
-from paged.oracle.expected import Problem
+from paged.oracle.exact import Problem
 from paged.oracle.values import K_SCALE, PLACE, V_SCALE, Integers, random_bits
 
 LIVE, HIDDEN, TAIL, FREE, NULL = "live", "hidden", "tail", "free", "null"

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paged.oracle.expected import RMS, Expected, score_errors, weights_of
+from paged.oracle.exact import weights_of
+from paged.oracle.expected import RMS, Expected, score_errors
 
 FEWEST_KEYS = 16
 

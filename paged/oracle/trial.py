@@ -13,7 +13,8 @@ import torch
 from paged.oracle.calls import Result
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities, Conventions, Profile
-from paged.oracle.expected import Expected, answer, solve
+from paged.oracle.exact import answer
+from paged.oracle.expected import Expected, solve
 from paged.oracle.explain import without
 from paged.oracle.guard import Mishap
 from paged.oracle.inputs import Inputs, materialise
