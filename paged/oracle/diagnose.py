@@ -59,48 +59,13 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
     if isinstance(outcome.result, Mishap):
         return mishap_failure(outcome.result, outcome.case, original)
     assert outcome.judgement is not None, "a result was judged"
-    finding = outcome.judgement.findings[0]
-    leak = _leak(trial, outcome)
     probe, syndrome = _probe(trial, outcome)
-    between = between_calls(trial, outcome, others[-1] if others else None)
-    # Poison that leaks is nobody's values, so no other attention explains it.
-    seen = [] if between is not None else witnesses(trial, outcome, others)
-    other = explain(seen, trial.profile, trial.conventions)
     passes, fails = _neighbours(trial, outcome)
-    telling = syndrome
-    if syndrome is not None and syndrome.kind == "zeros":
-        # One token alone says little: a row of zeros is what is left of many faults. A larger case may say more.
-        telling = next((read for one in others if (read := _read(one, trial)) and read.kind != "zeros"), syndrome)
-    name = name_of(
-        Known(
-            outcome,
-            finding,
-            between,
-            other,
-            leak if all(witness.ok for witness in seen) else None,
-            placement(seen),
-            telling,
-            rounding(seen, trial.profile, trial.conventions) if other is None else None,
-            passes,
-            all(witness.ok for witness in seen if witness.case.recipe == "random"),
-        )
-    )
-    details = [("where", _where(outcome, finding)), *_numbers(finding)]
-    if syndrome is not None:
-        among = f" (or one of {syndrome.others} other tokens with this code)" if syndrome.others else ""
-        where = "" if probe is None or probe.case == outcome.case else " (uniform probe of the same geometry)"
-        details.append(("cause", f"{syndrome.words}{among}{where}"))
-        if telling is not None and telling is not syndrome:
-            details.append(("", f"in a larger case: {telling.words}"))
-    elif other is not None:
-        details.append(("cause", f"every element of the result is as if {other.fault}"))
-    if leak is not None:
-        details.append(("leak", f"right as soon as the {leak} slots hold ordinary numbers"))
-    details.append(("also", _also(outcome, finding)))
-    if probe is not None and probe.ok and outcome.case.recipe != "uniform":
-        details.append(
-            ("", "the uniform probe of the same geometry passes: each token is counted once, weights are off")
-        )
+    known = _known(trial, outcome, others, syndrome, passes)
+    name = name_of(known)
+    details = [("where", _where(outcome, known.finding)), *_numbers(known.finding), *_causes(known, probe, syndrome)]
+    if also := _also(outcome, known.finding):
+        details.append(("also", also))
     if passes or fails:  # where no neighbour may be asked for, nothing is known about them
         details.append(("passes with", "; ".join(passes[:4]) or "none of the neighbouring cases"))
     if fails:
@@ -108,14 +73,65 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
     return Failure(
         fault=name.fault,
         letter=name.letter,
-        evidence=EVIDENCE[finding.check] if syndrome is None else "exact, by syndrome",
+        evidence=EVIDENCE[known.finding.check] if syndrome is None else "exact",
         case=outcome.case.to_json(),
         description=outcome.case.describe(),
         original=original,
         details=tuple(details),
-        picture=_picture(outcome if probe is None or syndrome is None else probe, finding, syndrome),
+        picture=_picture(outcome if probe is None or syndrome is None else probe, known.finding, syndrome),
         declare=name.declare,
     )
+
+
+def _known(
+    trial: Trial, outcome: Outcome, others: Sequence[Outcome], syndrome: Syndrome | None, passes: list[str]
+) -> Known:
+    """All that can be found out: the kernel is called again, and its results are held against hypotheses."""
+    assert outcome.judgement is not None, "a result was judged"
+    leak = _leak(trial, outcome)
+    between = between_calls(trial, outcome, others[-1] if others else None)
+    # What changes from call to call bears no witness.
+    seen = [] if between is not None else witnesses(trial, outcome, others)
+    other = explain(seen, trial.profile, trial.conventions)
+    if syndrome is not None and syndrome.kind == "zeros":
+        # One token alone says little: a row of zeros is what is left of many faults. A larger case may say more.
+        syndrome = next((read for one in others if (read := _read(one, trial)) and read.kind != "zeros"), syndrome)
+    return Known(
+        outcome,
+        outcome.judgement.findings[0],
+        between,
+        other,
+        leak,
+        placement(seen) if other is None else None,
+        syndrome,
+        rounding(seen, trial.profile, trial.conventions) if other is None else (),
+        passes,
+        seen,
+    )
+
+
+def _causes(known: Known, probe: Outcome | None, syndrome: Syndrome | None) -> list[tuple[str, str]]:
+    """What is known about the cause, beyond its name: tokens, cases that agree, poison, what is not the cause."""
+    said: list[str] = []
+    if syndrome is not None:
+        among = f" (or one of {syndrome.others} other tokens with this code)" if syndrome.others else ""
+        where = "" if probe is None or probe.case == known.outcome.case else ", if all weights are equal"
+        said.append(f"{syndrome.words}{among}{where}")
+        if known.syndrome is not None and known.syndrome is not syndrome:
+            said.append(f"in a larger case: {known.syndrome.words}")
+    elif probe is not None and probe.ok and known.outcome.case.recipe != "uniform":
+        said.append("with equal weights it is right: each token is counted once")
+    if known.other is not None:
+        wrong = sum(not witness.ok for witness in known.witnesses)
+        right = len(known.witnesses) - wrong
+        said.append(
+            f"all numbers of {wrong} wrong results{f' and {right} right ones' if right else ''} are as this has them"
+        )
+    if known.leak is not None:
+        said.append(f"right as soon as the {known.leak} slots hold ordinary numbers")
+    if len(known.roundings) > 1:
+        said.append(f"right if {' or '.join(words for words, _ in known.roundings)}")
+    return [("cause" if index == 0 else "", words) for index, words in enumerate(said)]
 
 
 def _leak(trial: Trial, outcome: Outcome) -> str | None:
@@ -224,7 +240,8 @@ def _also(outcome: Outcome, finding: Finding) -> str:
     """How many rows and heads, and what the other checks say."""
     assert outcome.judgement is not None, "a result was judged"
     case = outcome.case
-    words = [f"{finding.heads}/{case.num_heads} heads of this row", f"{finding.rows}/{case.num_queries} rows"]
+    words = [f"{finding.heads} of {case.num_heads} heads of this row"] if case.num_heads > 1 else []
+    words += [f"{finding.rows} of {case.num_queries} rows"] if case.num_queries > 1 else []
     others = [other for other in outcome.judgement.findings if other.check != finding.check]
     words += [f"{other.check} {other.error / other.allowed:.1f} x allowed" for other in others if other.allowed]
     if _lse_is_right(outcome):
@@ -245,6 +262,6 @@ def _picture(outcome: Outcome, finding: Finding, syndrome: Syndrome | None) -> t
     # A probe has findings of its own; its picture is of its own worst row.
     wrong = [own for own in outcome.judgement.findings if own.check != LSE] or [finding]
     row = row_of(outcome.inputs, wrong[0].row, wrong[0].head)
-    if row.last < row.first or len(outcome.inputs.tokens) > 1 << 14:
-        return ()
-    return picture(row, () if syndrome is None else syndrome.changes)
+    if row.last < row.first or len(outcome.inputs.tokens) > 1 << 14 or syndrome is None or not syndrome.changes:
+        return ()  # nothing to see
+    return picture(row, syndrome.changes)

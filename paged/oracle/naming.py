@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from paged.oracle.explain import Witness
 from paged.oracle.hypotheses.alternative import Alternative
 from paged.oracle.judge import LSE, NAN, Finding
 from paged.oracle.syndrome import Syndrome
@@ -63,12 +64,12 @@ class Known:
         outcome: of the smallest case, whose worst finding is `finding`.
         between: what goes wrong between calls, and its class.
         other: another attention that agrees with all witnesses.
-        leak: the region whose poison reached the output, and without which every witness is right.
+        leak: the region whose poison reached the output.
         pattern: of the rows that are wrong, and its class.
         syndrome: what was added up in a uniform probe.
-        rounding: a coarser rounding that would allow for everything, and what to declare.
+        roundings: coarser roundings that would allow for everything, and what to declare.
         passes: neighbouring cases that pass.
-        random_passes: whether the same cases with random numbers, whose scores are moderate, pass.
+        witnesses: cases without poison that were tried besides.
     """
 
     outcome: Outcome
@@ -78,9 +79,9 @@ class Known:
     leak: str | None = None
     pattern: tuple[str, str] | None = None
     syndrome: Syndrome | None = None
-    rounding: tuple[str, str] | None = None
+    roundings: Sequence[tuple[str, str]] = ()
     passes: Sequence[str] = ()
-    random_passes: bool = False
+    witnesses: Sequence[Witness] = ()
 
 
 def name_of(known: Known) -> Name:
@@ -90,7 +91,7 @@ def name_of(known: Known) -> Name:
         return Name(*known.between)
     if known.other is not None:
         return Name(known.other.fault, known.other.letter, known.other.declare)
-    if known.leak is not None:
+    if known.leak is not None and all(witness.ok for witness in known.witnesses):
         return Name(f"{'reads' if case.poison == 'nan' else 'does not mask'} {known.leak} slots", "A")
     if known.pattern is not None:
         return Name(*known.pattern)
@@ -103,8 +104,11 @@ def name_of(known: Known) -> Name:
         return Name(*KINDS[known.syndrome.kind])
     if finding.check == NAN:
         return _not_a_number(known)
-    if known.rounding is not None:
-        return Name(known.rounding[0], "L", known.rounding[1])
+    if known.roundings:
+        said, declare = known.roundings[0]
+        if len(known.roundings) > 1:
+            return Name("rounds more than is declared", "L")
+        return Name(f"rounds more than is declared, as if {said}", "L", declare)
     if finding.check == LSE:
         return Name("the log-sum-exp is wrong, the output is right", "K")
     if _has_large_scores(known):
@@ -115,7 +119,8 @@ def name_of(known: Known) -> Name:
 def _has_large_scores(known: Known) -> bool:
     """Whether it takes large scores: needles are two hundred ahead of other keys."""
     recipe = known.outcome.case.recipe
-    return recipe in ("large", "negative") or (recipe in ("needle", "pair") and known.random_passes)
+    moderate = all(witness.ok for witness in known.witnesses if witness.case.recipe == "random")
+    return recipe in ("large", "negative") or (recipe in ("needle", "pair") and moderate)
 
 
 def _not_a_number(known: Known) -> Name:

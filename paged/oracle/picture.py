@@ -1,7 +1,7 @@
 """A small picture of one row: which keys it sees, and which the kernel counted otherwise.
 
 position    15   16   17 ...   33
-counted      .    +    *        *        * as it should  + too many  - missing  2 twice  . not seen
+counted      .    +    *        *     * right   + too many   . not seen
 block        0    1    1        2
 physical     4    7    7        2
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from paged.oracle.syndrome import Change, Row
 
-LEGEND = "* as it should   + too many   - missing   2 twice   . not seen"
+LEGEND = {"*": "* right", "+": "+ too many", "-": "- missing", "2": "2 twice", ".": ". not seen"}
 MOST_COLUMNS = 14
 
 
@@ -44,7 +44,8 @@ def picture(row: Row, changes: Iterable[Change]) -> tuple[str, ...]:
     for heading, cells in zip(("position", "counted", "block", "physical"), zip(*columns, strict=True), strict=True):
         lines.append(f"{heading:<9}" + "".join(f"{cell:>6}" for cell in cells))
     if lines:
-        lines[1] += f"     {LEGEND}"
+        used = {mark for _, mark, _, _ in columns}
+        lines[1] += "     " + "   ".join(words for mark, words in LEGEND.items() if mark in used)
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         lines.append(f"{'others':<9}" + "; ".join(strangers[:3]) + more)

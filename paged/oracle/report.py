@@ -23,6 +23,7 @@ class Failure:
         details: what else is known, (heading, words), in the order of a report.
         picture: a small drawing of the row, lines.
         declare: the declaration that would make the kernel right, if it only differs in a convention.
+        declared: what was declared, as arguments of `replay`; "": nothing but the defaults.
     """
 
     fault: str
@@ -34,6 +35,7 @@ class Failure:
     details: tuple[tuple[str, str], ...] = ()
     picture: tuple[str, ...] = ()
     declare: str | None = None
+    declared: str = ""
 
     def lines(self) -> list[str]:
         """As printed."""
@@ -48,8 +50,18 @@ class Failure:
         for index, line in enumerate(self.picture):
             lines.append(f"  {'picture' if index == 0 else '':<{WIDTH}}{line}")
         if self.case is not None:
-            lines.append(f"  {'reproduce':<{WIDTH}}paged.oracle.replay(kernel, '{self.case}')")
+            lines.append(f"  {'reproduce':<{WIDTH}}{self.replay}")
         return lines
+
+    @property
+    def replay(self) -> str:
+        """A line to be pasted behind `from paged.oracle import *`, with the kernel's own name in it.
+
+        Example:
+            >>> Failure("wrong numbers", "-", "exact", case='{"sequences": [[1, 1]]}').replay
+            'replay(kernel, \'{"sequences": [[1, 1]]}\')'
+        """
+        return f"replay(kernel, {', '.join(filter(None, (repr(self.case), self.declared)))})"
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Report:
         True
         >>> print(report)
         ok    my_kernel: 3 cases
-          slack           hard bound 0.500
+          largest errors  hard bound 0.500, where 1 is allowed
           not exercised   window: no case could tell
           settings        seed=0
     """
@@ -94,7 +106,7 @@ class Report:
         lines.append(f"{'ok    ' if self.ok else 'failed'}{' ' * (not self.ok)}{self.kernel}: {self.num_cases} cases")
         if self.slack:
             shares = ", ".join(f"{check} {share:.3f}" for check, share in sorted(self.slack.items()))
-            lines.append(f"  {'slack':<{WIDTH}}{shares}")
+            lines.append(f"  {'largest errors':<{WIDTH}}{shares}, where 1 is allowed")
         for index, words in enumerate(self.not_exercised):
             lines.append(f"  {'not exercised' if index == 0 else '':<{WIDTH}}{words}")
         if self.settings:
@@ -127,6 +139,23 @@ class Report:
         return "\n".join(
             ['<?xml version="1.0" encoding="UTF-8"?>', f"<testsuite name={name} {counts}>", *cases, "</testsuite>"]
         )
+
+
+def as_arguments(**declarations: Any) -> str:
+    """Declarations as the arguments that repeat them, without what is the default anyway.
+
+    Example:
+        >>> from paged.oracle.declarations import Capabilities, Profile
+        >>> as_arguments(capabilities=Capabilities(window=True), profile=Profile())
+        'capabilities=Capabilities(window=True)'
+    """
+    given = []
+    for name, declared in declarations.items():
+        told = ((field, getattr(declared, field.name)) for field in dataclasses.fields(declared))
+        changed = ", ".join(f"{field.name}={value!r}" for field, value in told if value != field.default)
+        if changed:
+            given.append(f"{name}={type(declared).__name__}({changed})")
+    return ", ".join(given)
 
 
 def _printable(text: str) -> str:

@@ -9,7 +9,7 @@ cases, then drawn ones, then relations between calls; who fails the first is not
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from paged.oracle.adapters import Adapter, Kernel, adapter_named
 from paged.oracle.calls import Caller
@@ -22,7 +22,7 @@ from paged.oracle.guard import Mishap, kernel_named
 from paged.oracle.judge import EVIDENCE
 from paged.oracle.reduce import reduce
 from paged.oracle.relations import relations
-from paged.oracle.report import Failure, Report
+from paged.oracle.report import Failure, Report, as_arguments
 from paged.oracle.trial import Outcome, Trial, declared_names
 
 
@@ -94,6 +94,8 @@ def verify(
     trial = Trial(caller, profile, conventions, device, max_shapes)
     failures, skipped = _try_all(trial, BUDGETS[budget], seed, trace)
     missing = skipped if failures else [*skipped, *_not_exercised(trial)]
+    again = _arguments(capabilities, profile, conventions, adapter)
+    failures = [replace(failure, declared=again) for failure in failures]
     return Report(name, trial.num_cases, tuple(failures), tuple(missing), dict(sorted(trial.slack.items())), settings)
 
 
@@ -298,6 +300,13 @@ def settings_of(*declarations: Capabilities | Profile | Conventions) -> dict[str
         for field in fields(declared)
         if getattr(declared, field.name) != field.default
     }
+
+
+def _arguments(capabilities: Capabilities, profile: Profile, conventions: Conventions, adapter: str | Adapter) -> str:
+    """What `replay` has to be told for a case to be the same; an adapter of one's own by the name of its class."""
+    given = as_arguments(capabilities=capabilities, profile=profile, conventions=conventions)
+    own = repr(adapter) if isinstance(adapter, str) else f"{type(adapter).__name__}()"
+    return ", ".join(filter(None, (given, "" if adapter == "contract" else f"adapter={own}")))
 
 
 def _as_asked(case: Case) -> Capabilities:

@@ -50,8 +50,8 @@ def _masked_scores(problem: Problem) -> Iterator[Alternative]:
     said = "a row that sees no key gets the mean of all values"
     yield Alternative(said, "K", None, problem.replace(rule=mean_of_blind))
     for number in SENTINELS:
-        said = f"a masked score is {number:,.0f}, not -inf"
-        yield Alternative(said, "L", None, problem.replace(rule=with_masked(number)))
+        said = "a masked score is a large finite number, not -inf"
+        yield Alternative(said, "L", None, problem.replace(rule=with_masked(number)), key=f"masked {number:g}")
     if problem.softcap is not None:
         said = "softcap comes after the mask: a masked score is -cap, not -inf"
         yield Alternative(said, "H", None, problem.replace(rule=with_masked(-problem.softcap)))

@@ -26,7 +26,7 @@ def quantised(inputs: Inputs) -> Iterator[Alternative]:
     k, v = (_by_token(inputs, torch.as_tensor(scale).cpu().double()) for scale in (inputs.k_scale, inputs.v_scale))
     yield unscaled(problem, k, v)
     yield from _one_or_both(problem, k, v, "ignored", [1 + 0 * s for s in k], [1 + 0 * s for s in v])
-    yield from _one_or_both(problem, k, v, "divided by", [1 / s for s in k], [1 / s for s in v])
+    yield from _one_or_both(problem, k, v, "divided by, not multiplied with", [1 / s for s in k], [1 / s for s in v])
     yield _changed(problem, k, v, "values are scaled with k_scale", None, k)
     yield _changed(problem, k, v, "keys are scaled with v_scale", v, None)
     yield _changed(problem, k, v, "k_scale and v_scale are exchanged", v, k)
