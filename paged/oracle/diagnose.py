@@ -124,9 +124,8 @@ def _causes(known: Known, probe: Outcome | None, syndrome: Syndrome | None) -> l
     if known.other is not None:
         wrong = sum(not witness.ok for witness in known.witnesses)
         right = len(known.witnesses) - wrong
-        said.append(
-            f"all numbers of {wrong} wrong results{f' and {right} right ones' if right else ''} are as this has them"
-        )
+        results = f"{wrong} wrong and {right} right results" if right else f"{wrong} wrong results"
+        said.append(f"every number of {results} is as this has it")
     if known.leak is not None:
         said.append(f"right as soon as the {known.leak} slots hold ordinary numbers")
     if len(known.roundings) > 1:

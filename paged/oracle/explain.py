@@ -8,7 +8,7 @@ which declaration would make it right.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +30,22 @@ from paged.oracle.hypotheses.splits import splits
 from paged.oracle.inputs import Inputs
 from paged.oracle.judge import LSE, judge
 
-# Which sequences a mistake may be confined to.
-EVERYWHERE, DECODES, CHUNKS, LATER = (
-    "",
-    ", in decodes only",
-    ", in chunks of queries only",
-    ", but for the first sequence",
-)
-SCOPES = (EVERYWHERE, DECODES, CHUNKS, LATER)
+# Contexts up to this long are nobody's idea of a long one.
+SHORT = 256
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which sequences a mistake is confined to: by the number, query_len and seq_len of each."""
+
+    words: str
+    holds: Callable[[int, int, int], bool]
+
+
+EVERYWHERE = Scope("", lambda index, query_len, seq_len: True)
+DECODES = Scope(", in decodes only", lambda index, query_len, seq_len: query_len == 1)
+CHUNKS = Scope(", in chunks of queries only", lambda index, query_len, seq_len: query_len > 1)
+LATER = Scope(", in all sequences but the first", lambda index, query_len, seq_len: index > 0)
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,9 @@ def explain(witnesses: Sequence[Witness], profile: Profile, conventions: Convent
         return None
     others = [witness for witness in witnesses if witness is not failing[0]]
     tried: list[tuple[Alternative, Tensor, Tensor]] | None = None
-    for scope in SCOPES:
+    for scope in (EVERYWHERE, DECODES, CHUNKS, LATER, *_long_contexts(failing)):
         rows = rows_of(failing[0].case, scope)
-        if scope != EVERYWHERE and (not rows.any() or all(rows_of(w.case, scope).all() for w in witnesses)):
+        if scope is not EVERYWHERE and (not rows.any() or all(rows_of(w.case, scope).all() for w in witnesses)):
             continue  # nothing new to say
         if tried is None:
             tried = [(one, *answer(one.problem)) for one in alternatives(failing[0].inputs, conventions)]
@@ -89,22 +97,28 @@ def explain(witnesses: Sequence[Witness], profile: Profile, conventions: Convent
             if not _agrees(alternative, out, lse, rows, failing[0], profile, conventions):
                 continue
             if all(_agrees_elsewhere(alternative.name, scope, other, profile, conventions) for other in others):
-                return dataclasses.replace(alternative, fault=alternative.fault + scope)
+                return dataclasses.replace(alternative, fault=alternative.fault + scope.words)
     return None
 
 
-def rows_of(case: Case, scope: str) -> Tensor:
+def _long_contexts(failing: Sequence[Witness]) -> list[Scope]:
+    """Contexts at least as long as the shortest that fails, if that is a long one."""
+    shortest = min(max(seq_len for _, seq_len in witness.case.sequences) for witness in failing)
+    if shortest <= SHORT:
+        return []
+    return [Scope(f", in contexts of {shortest} keys or more", lambda index, query_len, seq_len: seq_len >= shortest)]
+
+
+def rows_of(case: Case, scope: Scope) -> Tensor:
     """[T] which query tokens a mistake confined to `scope` can change.
 
     Example:
         >>> rows_of(Case(sequences=((1, 5), (2, 7))), CHUNKS).tolist()
         [False, True, True]
     """
-    chosen = []
-    for index, (query_len, _) in enumerate(case.sequences):
-        inside = {DECODES: query_len == 1, CHUNKS: query_len > 1, LATER: index > 0}.get(scope, True)
-        chosen.append(torch.full((query_len,), inside))
-    return torch.cat(chosen)
+    inside = [scope.holds(index, *lengths) for index, lengths in enumerate(case.sequences)]
+    counts = torch.tensor([query_len for query_len, _ in case.sequences])
+    return torch.tensor(inside).repeat_interleave(counts)
 
 
 def alternatives(inputs: Inputs, conventions: Conventions) -> Iterator[Alternative]:
@@ -122,7 +136,7 @@ def alternatives(inputs: Inputs, conventions: Conventions) -> Iterator[Alternati
     yield from splits(problem)
 
 
-def _agrees_elsewhere(name: str, scope: str, witness: Witness, profile: Profile, conventions: Conventions) -> bool:
+def _agrees_elsewhere(name: str, scope: Scope, witness: Witness, profile: Profile, conventions: Conventions) -> bool:
     """Whether an alternative, by its name, agrees with another witness, too."""
     rows = rows_of(witness.case, scope)
     for alternative in alternatives(witness.inputs, conventions):

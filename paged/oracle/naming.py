@@ -3,8 +3,8 @@
 between calls      the same call gives something else
 an explanation     another attention agrees with every case at hand
 a leak             the case passes as soon as a region of the pool is clean
-a pattern          which rows are wrong, and what stands in them
 a neighbour        the case passes with one thing made plain
+a pattern          which rows are wrong, and what stands in them
 a token            which was counted too often, too rarely, or in another's place
 a rounding         the case passes with another profile
 a symptom          numbers that are none, large scores, or just wrong ones
@@ -43,6 +43,7 @@ KINDS = {
     "replaced": ("other tokens are read", "D"),
     "denominator": ("the weights are divided by the wrong sum", "K"),
     "head": ("another head's values are read", "M"),
+    "padding": ("unused slots count in the sum of the weights", "A"),
     "zeros": ("rows are 0", "K"),
 }
 
@@ -93,13 +94,13 @@ def name_of(known: Known) -> Name:
         return Name(known.other.fault, known.other.letter, known.other.declare)
     if known.leak is not None and all(witness.ok for witness in known.witnesses):
         return Name(f"{'reads' if case.poison == 'nan' else 'does not mask'} {known.leak} slots", "A")
-    if known.pattern is not None:
-        return Name(*known.pattern)
     if case.strides == "far" and "strides dense" in known.passes:
         return Name("wrong beyond 2^31 numbers or 2^32 bytes", "B")
     for field, (plain, words, letter) in PLAIN.items():
         if getattr(case, field) != plain and f"{field} {plain}" in known.passes:
             return Name(words, letter)
+    if known.pattern is not None:
+        return Name(*known.pattern)
     if known.syndrome is not None:
         return Name(*KINDS[known.syndrome.kind])
     if finding.check == NAN:

@@ -11,6 +11,8 @@ from torch import Tensor
 from paged.oracle.explain import Witness
 
 TILES = (2, 4, 8, 16, 32, 64, 128)
+# More rows than this are not looked for among one another.
+MOST_ROWS = 512
 # A name and a class.
 Found = tuple[str, str]
 
@@ -85,7 +87,7 @@ def _is_elsewhere(witness: Witness) -> bool:
     out, right, bound = witness.result.out.double(), witness.expected.out, witness.expected.bound
     sequence = torch.cat([torch.full((count,), index) for index, (count, _) in enumerate(witness.case.sequences)])
     wrong, moved = _is_wrong(witness).any(dim=1), False
-    if len(out) > 64 or not wrong.any():
+    if len(out) > MOST_ROWS or not wrong.any():
         return False
     for row in torch.arange(len(out))[wrong].tolist():
         if not out[row].any():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
@@ -58,8 +59,8 @@ class Failure:
         """A line to be pasted behind `from paged.oracle import *`, with the kernel's own name in it.
 
         Example:
-            >>> Failure("wrong numbers", "-", "exact", case='{"sequences": [[1, 1]]}').replay
-            'replay(kernel, \'{"sequences": [[1, 1]]}\')'
+            >>> print(Failure("wrong numbers", "-", "exact", case='{"sequences": [[1, 1]]}').replay)
+            replay(kernel, '{"sequences": [[1, 1]]}')
         """
         return f"replay(kernel, {', '.join(filter(None, (repr(self.case), self.declared)))})"
 
@@ -118,7 +119,7 @@ class Report:
         found: dict[str, Any] = {"ok": self.ok, **dataclasses.asdict(self)}
         for failure in found["failures"]:
             failure["case"] = None if failure["case"] is None else json.loads(failure["case"])
-            failure["details"] = {heading: words for heading, words in failure["details"] if heading}
+            failure["details"] = _joined(failure["details"])
         return json.dumps(found, indent=1)
 
     def to_junit(self) -> str:
@@ -139,6 +140,21 @@ class Report:
         return "\n".join(
             ['<?xml version="1.0" encoding="UTF-8"?>', f"<testsuite name={name} {counts}>", *cases, "</testsuite>"]
         )
+
+
+def _joined(details: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Details by heading; what has none belongs to the one before.
+
+    Example:
+        >>> _joined([("cause", "one thing"), ("", "and another"), ("also", "a third")])
+        {'cause': 'one thing; and another', 'also': 'a third'}
+    """
+    joined: dict[str, str] = {}
+    last = ""
+    for heading, words in details:
+        last = heading or last
+        joined[last] = f"{joined[last]}; {words}" if last in joined else words
+    return joined
 
 
 def as_arguments(**declarations: Any) -> str:

@@ -26,6 +26,9 @@ from paged.oracle.inputs import FREE, LIVE, NULL, REGIONS, TAIL, Inputs
 from paged.oracle.recipes import Floats, sinks
 from paged.oracle.values import CODE_VALUE, Integers, cancelling_signs
 
+# What a context may be padded to, besides whole blocks.
+TILES = (16, 32, 64, 128)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -50,7 +53,7 @@ class Syndrome:
     """What was added up.
 
     Attributes:
-        kind: "missing", "extra", "twice", "replaced", "denominator", "head", or "zeros".
+        kind: "missing", "extra", "twice", "replaced", "padding", "denominator", "head", or "zeros".
         words: the same in a sentence.
         changes: slots counted wrongly.
         others: how many other explanations of the same kind there are.
@@ -180,9 +183,16 @@ def _hypotheses(seen: Row, visible: Integers, total: Floats, count: int, target:
     yield from _runs(seen, visible, total, count)
     yield from _blocks(seen, visible, total, count)
     yield from _swaps(seen, visible, total, count, target)
-    counts = np.array([m for m in range(1, 2 * count + len(codes)) if m != count])
-    yield (
-        "denominator",
+    padded = {-(-count // tile) * tile for tile in (seen.inputs.case.block_size, *TILES)} - {count}
+    yield _divided(seen, "padding", total, count, np.array(sorted(padded)))
+    yield _divided(seen, "denominator", total, count, np.arange(1, 2 * count + len(codes)))
+    yield from _heads(seen, visible, count)
+
+
+def _divided(seen: Row, kind: str, total: Floats, count: int, counts: Integers) -> Hypothesis:
+    """The right sum over a wrong count."""
+    return (
+        kind,
         lambda i: (
             f"the sum of values is right, but was divided by {counts[i] + seen.sink:g} instead of {count + seen.sink:g}"
         ),
@@ -190,7 +200,6 @@ def _hypotheses(seen: Row, visible: Integers, total: Floats, count: int, target:
         counts,
         lambda i: (),
     )
-    yield from _heads(seen, visible, count)
 
 
 def _runs(seen: Row, visible: Integers, total: Floats, count: int) -> Hypotheses:

@@ -39,6 +39,7 @@ def seeing(problem: Problem, sight: Sight) -> Problem:
     """A problem in which each query sees other keys.
 
     Example: two equal scores, of which the second is not seen.
+        >>> import torch
         >>> from paged.oracle.exact import answer
         >>> ones = torch.ones(2, 1, 1, dtype=torch.float64)
         >>> values = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64)
