@@ -206,7 +206,7 @@ def test_the_last_line_of_a_report_can_be_pasted():
     kernel = afterwards(lambda out, lse: (out, lse + 1))
     report = verify(kernel, capabilities=Capabilities(dtypes=("float32",), window=True, lse="e"))
     line = report.failures[0].replay
-    assert f"  {line}" in str(report)
+    assert f"from paged.oracle import *; {line}" in str(report)
     again = eval(line, vars(paged.oracle) | {"kernel": kernel})
     assert [failure.fault for failure in again.failures] == [report.failures[0].fault]
     assert eval(line, vars(paged.oracle) | {"kernel": right}).ok

@@ -51,12 +51,12 @@ class Failure:
         for index, line in enumerate(self.picture):
             lines.append(f"  {'picture' if index == 0 else '':<{WIDTH}}{line}")
         if self.case is not None:
-            lines.append(f"  {'reproduce':<{WIDTH}}{self.replay}")
+            lines.append(f"  {'reproduce':<{WIDTH}}from paged.oracle import *; {self.replay}")
         return lines
 
     @property
     def replay(self) -> str:
-        """A line to be pasted behind `from paged.oracle import *`, with the kernel's own name in it.
+        """The call that runs the case again, where `kernel` is the kernel.
 
         Example:
             >>> print(Failure("wrong numbers", "-", "exact", case='{"sequences": [[1, 1]]}').replay)

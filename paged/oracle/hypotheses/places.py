@@ -99,6 +99,10 @@ def _lengths(inputs: Inputs, pool: Pool) -> Iterator[Alternative]:
         ("the last key of a sequence is never seen", tuple(max(1, n - 1) if n else 0 for n in lengths)),
         ("the slot behind the last token is a key like any other", tuple(min(n + 1, width) for n in lengths)),
         ("a last block's capacity is taken for its length", whole),
+        (
+            "a last block that is full is not read, unless it is the only one",
+            tuple(n - size if n > size and not n % size else n for n in lengths),
+        ),
         ("a last block that is full is taken for empty", tuple(n if n % size else max(0, n - size) for n in lengths)),
         (
             "lengths that are multiples of the block size get a block too many",

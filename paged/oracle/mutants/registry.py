@@ -28,6 +28,14 @@ THREADS_OF = {
     "aiter": "ROCm/aiter",
     "TRT-LLM": "NVIDIA/TensorRT-LLM",
     "imp": "kekzl/imp",
+    "mistral.rs": "EricLBuehler/mistral.rs",
+    "onnx": "onnx/onnx",
+    "pegainfer": "pegainfer-project/pegainfer",
+    "pytorch": "pytorch/pytorch",
+    "rocm-libraries": "ROCm/rocm-libraries",
+    "sparkinfer": "gittensor-ai-lab/sparkinfer",
+    "TileOPs": "tile-ai/TileOPs",
+    "triton": "triton-lang/triton",
 }
 
 # The classes of real bugs; P and Q are about writing into the pool and about keeping its books.

@@ -63,7 +63,7 @@ class OffsetInUnsigned32Bits(ByOffset):
         return block * cache.stride(0) % (1 << 32)
 
 
-@mutant("B", "aiter#2608", strided_caches=True)
+@mutant("B", "aiter#3824", strided_caches=True)
 class BytesIn32Bits(ByOffset):
     """Addresses of 32 bits, in bytes."""
 

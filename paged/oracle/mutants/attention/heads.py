@@ -22,7 +22,7 @@ class HeadsTiled(Attention):
         return torch.arange(call.num_heads) % call.num_kv_heads
 
 
-@mutant("M", "jax-js#180")
+@mutant("M", "")
 class QueryHeadAsKvHead(Attention):
     """Each head reads its own number, as far as there are KV heads."""
 
@@ -40,7 +40,7 @@ class EightHeadsOfGroup(Attention):
         return out, lse
 
 
-@mutant("M", "onnxruntime#32108")
+@mutant("M", "")
 class GroupAsPowerOfTwo(Attention):
     """The group's size is a number of bits: 3 is taken for 2."""
 

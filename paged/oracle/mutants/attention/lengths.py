@@ -11,7 +11,7 @@ from paged.oracle.mutants.attention.honest import Attention, Call
 from paged.oracle.mutants.registry import mutant
 
 
-@mutant("C", "onnxruntime-genai#2354")
+@mutant("C", "")
 class OneKeyShort(Attention):
     """The last key is never seen where there is more than one."""
 
@@ -30,7 +30,7 @@ class OneKeyTooMany(Attention):
         return super().seen(call, positions + 1, keys)
 
 
-@mutant("C", "pegainfer#350")
+@mutant("C", "")
 class LastPageEmptyAtMultiples(Attention):
     """Tokens of the last block are counted as length modulo P: none where it is full."""
 
@@ -38,7 +38,7 @@ class LastPageEmptyAtMultiples(Attention):
         return length if length % call.block_size else length - call.block_size
 
 
-@mutant("C", "vllm-project/flash-attention#42")
+@mutant("C", "pegainfer#350")
 class BlockBehindTheLast(Attention):
     """Floor plus one for ceiling: at exact multiples a block too many, which a table need not have."""
 
@@ -80,7 +80,7 @@ class AtMost4096Keys(Attention):
         return min(length, 4096)
 
 
-@mutant("C", "vllm#27547")
+@mutant("C", "vllm#57614")
 class BlockSizeIsSixteen(Attention):
     """A constant of 16 where the cache's own block size belongs."""
 

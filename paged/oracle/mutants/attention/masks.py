@@ -13,7 +13,7 @@ from paged.oracle.mutants.registry import mutant
 # F: causal alignment.
 
 
-@mutant("F", "flashinfer#348")
+@mutant("F", "sparkinfer#3")
 class CausalTopLeft(Attention):
     """The first query is taken to be the sequence's first token, where it is one of the last."""
 
@@ -21,7 +21,7 @@ class CausalTopLeft(Attention):
         return super().seen(call, positions - positions[0], keys) if len(positions) > 1 else positions[:, None] >= keys
 
 
-@mutant("F", "sparkinfer#3")
+@mutant("F", "")
 class CausalByLongest(Attention):
     """Queries are aligned with the longest chunk of the batch."""
 
@@ -38,7 +38,7 @@ class NotCausal(Attention):
         return super().seen(call, positions[-1:].expand(len(positions)), keys)
 
 
-@mutant("F", "")
+@mutant("F", "flashinfer#348")
 class NotItself(Attention):
     """Queries of chunks do not see their own key."""
 
@@ -86,7 +86,7 @@ class WindowOneLess(Window):
         return super().left(call, positions, max(1, window - 1))
 
 
-@mutant("G", "sglang-jax#893", window=True)
+@mutant("G", "pytorch/executorch#21857", window=True)
 class WindowOfFirstQuery(Window):
     """All queries of a chunk see from where the first one does."""
 
@@ -110,7 +110,7 @@ class WindowIgnoredInDecode(Window):
         return super().left(call, positions, window) if len(positions) > 1 else positions * 0
 
 
-@mutant("G", "openvinotoolkit/openvino#28681", window=True)
+@mutant("G", "", window=True)
 class WindowByBlock(Window):
     """The window begins where its first block does."""
 

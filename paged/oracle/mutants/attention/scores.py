@@ -24,7 +24,7 @@ class CapAfterMask(Attention):
         return self.cap(call, masked)
 
 
-@mutant("H", "onnx#7865", softcap=True)
+@mutant("H", "", softcap=True)
 class CapBeforeScale(Attention):
     """Caps what is not yet scaled."""
 
@@ -32,7 +32,7 @@ class CapBeforeScale(Attention):
         return super().cap(call, scores / call.scale) * call.scale
 
 
-@mutant("H", "vllm#56579", softcap=True)
+@mutant("H", "vllm#56578", softcap=True)
 class TanhOverflows(Attention):
     """tanh from exponentials that overflow: inf by inf."""
 
@@ -43,7 +43,7 @@ class TanhOverflows(Attention):
         return call.softcap * (grown - 1) / (grown + 1)
 
 
-@mutant("H", "vllm-metal#665", softcap=True)
+@mutant("H", "sglang#33915", softcap=True)
 class CapDropped(Attention):
     """Takes the argument and ignores it."""
 
@@ -67,7 +67,7 @@ class CapByClamp(Attention):
         return scores if call.softcap is None else scores.clamp(-call.softcap, call.softcap)
 
 
-@mutant("H", "", softcap=True, alibi=True)
+@mutant("H", "onnx#7867", softcap=True, alibi=True)
 class CapAfterAlibi(Attention):
     """ALiBi is added before the cap."""
 
@@ -172,7 +172,7 @@ class AlibiWithinBlock(Attention):
         return super().bias(call, slopes, positions, keys % call.block_size)
 
 
-@mutant("J", "", alibi=True)
+@mutant("J", "NVIDIA/TensorRT-Model-Connect#32", alibi=True)
 class AlibiScaled(Attention):
     """The bias is scaled with the scores."""
 

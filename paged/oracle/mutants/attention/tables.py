@@ -44,7 +44,7 @@ class RowReversed(Attention):
         return super().blocks(call, index, count).flip(0)
 
 
-@mutant("D", "vllm#42494")
+@mutant("D", "")
 class TightRows(Attention):
     """A row is taken to be as wide as the longest sequence needs."""
 

@@ -28,7 +28,7 @@ class NanTailOnWideHeads(Attention):
         return -(-length // call.block_size) * call.block_size if wide else length
 
 
-@mutant("A", "aiter#5401")
+@mutant("A", "vllm#53856")
 class ValueTailUnmasked(Attention):
     """Keys are masked, the rows of V behind the last token are not."""
 
@@ -57,7 +57,7 @@ class ZerosInDenominator(Attention):
         return torch.where(seen, scores, 0.0)
 
 
-@mutant("A", "tenstorrent/tt-metal#38004")
+@mutant("A", "tenstorrent/tt-metal#6832")
 class PaddedTileInDenominator(Attention):
     """The context is padded to a tile of 32 with scores of 0, which the sum of weights counts."""
 

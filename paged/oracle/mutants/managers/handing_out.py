@@ -115,7 +115,7 @@ class SurplusBlock(PlainManager):
 class MissingBlock(PlainManager):
     """A last block that is not full is not counted, unless it is the only one."""
 
-    letter, threads = "C", ("onnxruntime-genai#2354",)
+    letter = "C"
 
     def needed(self, num_tokens: int) -> int:
         return max(num_tokens // self.size, 1)

@@ -12,7 +12,7 @@ FAR = 1 << 31
 class NegativeWraps(PlainWriter):
     """A slot of -1 is the last one of the pool, as torch's indexing has it."""
 
-    letter, threads = "P", ("vllm-project/vllm#13922", "mlc-llm#2644")
+    letter, threads = "P", ("vllm-project/vllm#43810",)
 
     def is_skipped(self, call: Write, slot: int) -> bool:
         return False
@@ -33,7 +33,7 @@ class NegativeIsZero(PlainWriter):
 class StopsAtNegative(PlainWriter):
     """The first slot of -1 ends the loop, as if padding were only ever at the end."""
 
-    letter, threads = "P", ("vllm-project/vllm#13922",)
+    letter = "P"
 
     def order(self, call: Write) -> list[int]:
         slots = call.slots.tolist()
