@@ -125,7 +125,7 @@ def _causes(known: Known, probe: Outcome | None, syndrome: Syndrome | None) -> l
         wrong = sum(not witness.ok for witness in known.witnesses)
         right = len(known.witnesses) - wrong
         results = f"{wrong} wrong and {right} right results" if right else f"{wrong} wrong results"
-        said.append(f"every number of {results} is as this has it")
+        said.append(f"computed with this mistake, {results} agree in every number")
     if known.leak is not None:
         said.append(f"right as soon as the {known.leak} slots hold ordinary numbers")
     if len(known.roundings) > 1:
