@@ -19,7 +19,8 @@ from paged.oracle.picture import picture
 from paged.oracle.placement import placement
 from paged.oracle.report import Failure
 from paged.oracle.rounding import rounding
-from paged.oracle.syndrome import Syndrome, decode, row_of, sequence_of
+from paged.oracle.row import row_of, sequence_of
+from paged.oracle.syndrome import Syndrome, decode
 from paged.oracle.trial import Outcome, Trial
 
 MISHAPS = {

@@ -8,7 +8,7 @@ physical     4    7    7        2
 
 from collections.abc import Iterable
 
-from paged.oracle.syndrome import Change, Row
+from paged.oracle.row import Change, Row
 
 LEGEND = {"*": "* right", "+": "+ too many", "-": "- missing", "2": "2 twice", ".": ". not seen"}
 MOST_COLUMNS = 14
