@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from paged.oracle.calls import Result
 from paged.oracle.case import EXACT, Case
-from paged.oracle.evidence import between_calls, witnesses
+from paged.oracle.evidence import OTHER_TABLE, between_calls, witnesses
 from paged.oracle.explain import explain
 from paged.oracle.guard import Mishap
 from paged.oracle.inputs import FEW, MUST_MASK, MUST_NOT_READ
@@ -92,7 +92,8 @@ def _known(
     leak = _leak(trial, outcome)
     between = between_calls(trial, outcome, others[-1] if others else None)
     # What changes from call to call bears no witness.
-    seen = [] if between is not None else witnesses(trial, outcome, others)
+    steady = between is None or between[0] == OTHER_TABLE
+    seen = witnesses(trial, outcome, others) if steady else []
     other = explain(seen, trial.profile, trial.conventions)
     if syndrome is not None and syndrome.kind == "zeros":
         # One token alone says little: a row of zeros is what is left of many faults. A larger case may say more.
@@ -100,7 +101,7 @@ def _known(
     return Known(
         outcome,
         outcome.judgement.findings[0],
-        between,
+        between if other is None else None,
         other,
         leak,
         placement(seen) if other is None else None,
