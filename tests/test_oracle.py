@@ -16,8 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged.oracle.mutants.attention_variants import FlushesSubnormals
-from paged.oracle.mutants.honest import Attention
 from torch import Tensor
 
 from paged.attention import fused, gathered
@@ -37,7 +35,9 @@ from paged.oracle.exact import Problem, answer
 from paged.oracle.expected import RMS, solve
 from paged.oracle.inputs import materialise
 from paged.oracle.managers.operations import cases as manager_cases
-from paged.oracle.rows import row_limit, spread, unlikely_rows
+from paged.oracle.mutants.attention.honest import Attention
+from paged.oracle.mutants.attention.variants import FlushesSubnormals
+from paged.oracle.row_statistics import row_limit, spread, unlikely_rows
 from paged.oracle.values import FIELD_BITS, KEY, VALUE, random_bits, random_values
 from paged.oracle.writers.cases import cases as writer_cases
 

@@ -7,7 +7,7 @@
 
 A kernel is called on cases whose right answer is known in float64, with a bound for every element that follows from
 where the kernel says it rounds. To be read in this order: declarations, case, values, recipes, exact, inputs, expected,
-rows, judge, guard, calls, trial, directed, drawn, relations, reduce; then what is said of a failure: syndrome, row,
+row_statistics, judge, guard, calls, trial, directed, drawn, relations, reduce; then what is said of a failure: syndrome, row,
 hypotheses, explain, evidence, placement, rounding, naming, diagnose, report; and verify.
 
 Kernels with other arguments have adapters, and kernels that are not Python golden files; writers and managers of blocks

@@ -62,7 +62,7 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
     assert outcome.judgement is not None, "a result was judged"
     probe, syndrome = _probe(trial, outcome)
     passes, fails = _neighbours(trial, outcome)
-    known = _known(trial, outcome, others, syndrome, passes)
+    known = _known(trial, outcome, others, probe, syndrome, passes)
     name = name_of(known)
     details = [("where", _where(outcome, known.finding)), *_numbers(known.finding), *_causes(known, probe, syndrome)]
     if also := _also(outcome, known.finding):
@@ -85,7 +85,12 @@ def diagnose(trial: Trial, outcome: Outcome, others: Sequence[Outcome] = (), ori
 
 
 def _known(
-    trial: Trial, outcome: Outcome, others: Sequence[Outcome], syndrome: Syndrome | None, passes: list[str]
+    trial: Trial,
+    outcome: Outcome,
+    others: Sequence[Outcome],
+    probe: Outcome | None,
+    syndrome: Syndrome | None,
+    passes: list[str],
 ) -> Known:
     """All that can be found out: the kernel is called again, and its results are held against hypotheses."""
     assert outcome.judgement is not None, "a result was judged"
@@ -109,6 +114,8 @@ def _known(
         rounding(seen, trial.profile, trial.conventions) if other is None else (),
         passes,
         seen,
+        _lse_is_right(outcome),
+        outcome.case.recipe != "uniform" and probe is not None and probe.ok,
     )
 
 

@@ -8,7 +8,7 @@ Four checks, in the order of what they prove:
     log-sum-exp      the same for the second result
     row statistics   random numbers, 16-bit outputs: a row's errors are within the bound, but too large all together
 
-The last one is for what hides below the bounds; paged/oracle/rows.py has it.
+The last one is for what hides below the bounds; paged/oracle/row_statistics.py has it.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from paged.oracle.calls import Result
 from paged.oracle.case import EXACT, Case
 from paged.oracle.declarations import ROUNDOFF, Conventions
 from paged.oracle.expected import Expected
-from paged.oracle.rows import unlikely_rows
+from paged.oracle.row_statistics import unlikely_rows
 
 NAN, PROBE, BOUND, LSE, STATISTICS = "not a number", "exact probe", "hard bound", "log-sum-exp", "row statistics"
 EVIDENCE = {

@@ -71,6 +71,8 @@ class Known:
         roundings: coarser roundings that would allow for everything, and what to declare.
         passes: neighbouring cases that pass.
         witnesses: cases without poison that were tried besides.
+        lse_is_right: whether a log-sum-exp was returned and is right.
+        probe_is_right: whether a uniform probe of the same geometry passes.
     """
 
     outcome: Outcome
@@ -83,6 +85,8 @@ class Known:
     roundings: Sequence[tuple[str, str]] = ()
     passes: Sequence[str] = ()
     witnesses: Sequence[Witness] = ()
+    lse_is_right: bool = False
+    probe_is_right: bool = False
 
 
 def name_of(known: Known) -> Name:
@@ -99,7 +103,7 @@ def name_of(known: Known) -> Name:
     for field, (plain, words, letter) in PLAIN.items():
         if getattr(case, field) != plain and f"{field} {plain}" in known.passes:
             return Name(words, letter)
-    if known.pattern is not None:
+    if known.pattern is not None and not _moderate_scores_are_right(known):
         return Name(*known.pattern)
     if known.syndrome is not None:
         return Name(*KINDS[known.syndrome.kind])
@@ -114,6 +118,10 @@ def name_of(known: Known) -> Name:
         return Name("the log-sum-exp is wrong, the output is right", "K")
     if _has_large_scores(known):
         return Name("wrong where scores are large", "L")
+    if known.lse_is_right:
+        return Name("values are read wrong, as many tokens as there are", "E")
+    if known.probe_is_right:
+        return Name("the weights are wrong, values are read right", "E")
     return Name("wrong numbers", "-")
 
 
@@ -122,6 +130,12 @@ def _has_large_scores(known: Known) -> bool:
     recipe = known.outcome.case.recipe
     moderate = all(witness.ok for witness in known.witnesses if witness.case.recipe == "random")
     return recipe in ("large", "negative") or (recipe in ("needle", "pair") and moderate)
+
+
+def _moderate_scores_are_right(known: Known) -> bool:
+    """Whether the same cases were tried with random numbers and pass, so that which rows are wrong says little."""
+    random = [witness.ok for witness in known.witnesses if witness.case.recipe == "random"]
+    return known.outcome.case.recipe in ("large", "negative") and bool(random) and all(random)
 
 
 def _not_a_number(known: Known) -> Name:

@@ -86,11 +86,11 @@ def verify(
     capabilities, profile = capabilities or Capabilities(), profile or Profile()
     conventions = (conventions or Conventions()).agree_with(capabilities)
     settings = settings_of(capabilities, profile, conventions) | {"budget": budget, "seed": str(seed)}
-    adapter = adapter_named(adapter, capabilities)
+    way = adapter_named(adapter, capabilities)
     found, name = kernel_named(kernel), _kernel_name(kernel)
     if isinstance(found, Mishap):
         return Report(name, 0, (mishap_failure(found),), settings=settings)
-    caller = Caller(found, adapter, capabilities, time_limit)
+    caller = Caller(found, way, capabilities, time_limit)
     trial = Trial(caller, profile, conventions, device, max_shapes)
     failures, skipped = _try_all(trial, BUDGETS[budget], seed, trace)
     missing = skipped if failures else [*skipped, *_not_exercised(trial)]
@@ -127,12 +127,12 @@ def check(
     capabilities = capabilities or _as_asked(case)
     profile = profile or Profile()
     conventions = (conventions or Conventions()).agree_with(capabilities)
-    adapter = adapter_named(adapter, capabilities)
+    way = adapter_named(adapter, capabilities)
     found, name = kernel_named(kernel), _kernel_name(kernel)
     settings = settings_of(capabilities, profile, conventions)
     if isinstance(found, Mishap):
         return Report(name, 0, (mishap_failure(found),), settings=settings)
-    trial = Trial(Caller(found, adapter, capabilities, time_limit), profile, conventions, device)
+    trial = Trial(Caller(found, way, capabilities, time_limit), profile, conventions, device)
     outcome = trial(case)
     trial.note(outcome)
     failures = () if outcome.ok else (diagnose(trial, outcome),)

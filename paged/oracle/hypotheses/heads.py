@@ -45,6 +45,8 @@ def widths(problem: Problem, case: Case) -> Iterator[Alternative]:
     if case.head_dim == case.value_dim and case.kv_scales is None:
         yield Alternative("values are read from the keys", "E", None, problem.replace(values=problem.keys))
         yield Alternative("keys are read from the values", "E", None, problem.replace(keys=problem.values))
+        exchanged = problem.replace(keys=problem.values, values=problem.keys)
+        yield Alternative("keys and values are exchanged", "E", None, exchanged)
     for name, words in (("keys", "keys"), ("values", "values")):
         width = case.head_dim if name == "keys" else case.value_dim
         for rows, columns in ((8, 2), (2, 8), (4, 2), (2, 4), (2, width // 2), (width // 2, 2)):
