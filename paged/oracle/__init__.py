@@ -7,8 +7,8 @@
 
 A kernel is called on cases whose right answer is known in float64, with a bound for every element that follows from
 where the kernel says it rounds. To be read in this order: declarations, case, values, recipes, exact, inputs, expected,
-row_statistics, judge, guard, calls, trial, directed, drawn, relations, reduce; then what is said of a failure: syndrome, row,
-hypotheses, explain, evidence, placement, rounding, naming, diagnose, report; and verify.
+row_statistics, judge, guard, calls, trial, directed, drawn, relations, reduce; then what is said of a failure:
+syndrome, row, hypotheses, explain, evidence, placement, rounding, naming, diagnose, report; and verify.
 
 Kernels with other arguments have adapters, and kernels that are not Python golden files; writers and managers of blocks
 are judged in rooms of their own.
