@@ -8,7 +8,7 @@ is every right variant, which none of them may refuse. A cell is one of
 
     K   killed: at least one call is not accepted, or raises
     .   survived: its output differs from that of the kernel it was made of, and every call is accepted
-    o   survived: no call makes it differ in a single bit
+    o   survived: no call makes it differ by more than the order of a sum does
     -   unreachable: the suite never passes what the mutant is about
 
 Writers and block managers have judges of their own, and get a line each.

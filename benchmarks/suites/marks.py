@@ -108,9 +108,20 @@ def mark(mutant: Mutant, twins: Twins) -> str:
         found = attempt(kernel, call)
         if found is None or not call.setup.accepts(call, *found):
             return KILLED
-        pairs = zip(found, twins.result(mutant, index), strict=True)
-        differs |= not all(torch.equal(mine.nan_to_num(), right.nan_to_num()) for mine, right in pairs)
+        differs |= not all(map(alike, found, twins.result(mutant, index)))
     return ACCEPTED if differs else BLIND
+
+
+def alike(mine: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two results differ by no more than the order of a sum: the last bit of the dtype, or of float32.
+
+    Example:
+        >>> alike(torch.tensor([1.0, torch.inf]), torch.tensor([1 + 2e-7, torch.inf]))
+        True
+        >>> alike(torch.tensor([1.0]), torch.tensor([1.001]))
+        False
+    """
+    return torch.allclose(mine.float(), right.float(), rtol=torch.finfo(mine.dtype).eps, atol=1e-6, equal_nan=True)
 
 
 def alarm(variant: Variant, calls: Sequence[Call]) -> str:
