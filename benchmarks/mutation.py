@@ -2,6 +2,7 @@
 
     python benchmarks/mutation.py --jobs 2                      everything; about a quarter of an hour on two cores
     python benchmarks/mutation.py --suites FlashMLA oracle --mutants nan_tail no_maximum
+    python benchmarks/mutation.py --fill docs/mutation.md       write what was found last into the page
 
 Every mutant of attention in paged/oracle/mutants/ is handed to the oracle and to each suite of suites/published.py; so
 is every right variant, which none of them may refuse. A cell is one of
@@ -15,7 +16,9 @@ Writers and block managers have judges of their own, and get a line each.
 """
 
 import argparse
+import json
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +31,7 @@ from suites.published import SUITES, Suite
 from tqdm import tqdm
 
 from paged.oracle import verify, verify_manager, verify_write
-from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS, Mutant, Variant
+from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS, CLASSES, Mutant, Variant
 from paged.oracle.mutants.managers import MANAGERS, RIGHT_MANAGERS
 from paged.oracle.mutants.writers import RIGHT_WRITERS, WRITERS
 
@@ -90,8 +93,8 @@ def run(columns: Sequence[str], names: Sequence[str], jobs: int) -> Cells:
     cells: Cells = {column: {} for column in columns}
     todo = list(tasks(columns, names))
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for found in tqdm(pool.imap_unordered(asked, todo), total=len(todo), desc="tasks", disable=None):
-            for column, marks in found.items():
+        for marked in tqdm(pool.imap_unordered(asked, todo), total=len(todo), desc="tasks", disable=None):
+            for column, marks in marked.items():
                 cells[column] |= marks
     return cells
 
@@ -117,6 +120,37 @@ def judged() -> dict[str, list[int]]:
     }
 
 
+def result_of(columns: Sequence[str], names: Sequence[str], jobs: int, *, everybody: bool) -> Result:
+    """All that the tables are made of.
+
+    Args:
+        columns, names: who is asked about whom.
+        jobs: processes side by side.
+        everybody: writers and managers as well, where the oracle is one of the columns.
+    """
+    cells = run(columns, names, jobs)
+
+    def of(one: Mutant | Variant) -> dict[str, str]:
+        return {column: cells[column][one.name] for column in columns}
+
+    chosen = [suite for suite in SUITES if suite.name in columns]
+    mutants = [one for one in ATTENTION_MUTANTS if one.name in names]
+    variants = [one for one in ATTENTION_VARIANTS if one.name in names]
+    return {
+        "benchmark": "mutation",
+        "environment": environment("cpu"),
+        "columns": list(columns),
+        "suites": [
+            {"name": suite.name, "source": suite.source, "rule": suite.rule, "scaled": suite.scaled} for suite in chosen
+        ],
+        "mutants": [
+            {"name": one.name, "class": one.bug_class, "thread": one.thread, "marks": of(one)} for one in mutants
+        ],
+        "variants": [{"name": one.name, "alarms": of(one)} for one in variants],
+        "judged": judged() if everybody and ORACLE in columns else {},
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
@@ -132,9 +166,9 @@ def totals(result: Result) -> str:
     headers = ["suite", "killed", "differs, accepted", "never differs", "unreachable", "right variants refused"]
     lines = [f"{len(result['mutants'])} mutants of attention, {len(result['variants'])} right variants.\n"]
     lines.append(markdown(headers, rows))
-    for what, (found_, broken, flagged, right) in result["judged"].items():
+    for what, (killed, broken, flagged, right) in result["judged"].items():
         lines.append(
-            f"\nOf {what}, the oracle finds {found_} of {broken}, and refuses {flagged} of {right} right ones."
+            f"\nOf {what}, the oracle finds {killed} of {broken}, and refuses {flagged} of {right} right ones."
         )
     return "\n".join(lines)
 
@@ -148,10 +182,45 @@ def kill_table(result: Result) -> str:
     return markdown(["mutant", *result["columns"]], rows)
 
 
+def by_class(result: Result) -> str:
+    """A row for each class of bugs: of the mutants that a suite reaches, how many it kills."""
+    rows = []
+    for letter in sorted({mutant["class"] for mutant in result["mutants"]}):
+        marks = [mutant["marks"] for mutant in result["mutants"] if mutant["class"] == letter]
+        cells = []
+        for column in result["columns"]:
+            found = [mark[column] for mark in marks if mark[column] != UNREACHABLE]
+            cells.append(f"{found.count(KILLED)}/{len(found)}" if found else None)
+        rows.append([f"{letter} {CLASSES[letter]}", len(marks), *cells])
+    return markdown(["class", "mutants", *result["columns"]], rows)
+
+
+def survivors(result: Result) -> str:
+    """The mutants that the oracle lets pass, and who finds them."""
+    rows = []
+    for mutant in result["mutants"]:
+        if mutant["marks"].get(ORACLE) == ACCEPTED:
+            finders = [column for column in result["columns"] if mutant["marks"][column] == KILLED]
+            rows.append([f"{mutant['class']} {mutant['name']}", ", ".join(finders) or None])
+    return markdown(["mutant", "found by"], rows) if rows else "None."
+
+
 def sources(result: Result) -> str:
     """Where each suite was described from."""
-    rows = [[suite["name"], suite["source"], suite["rule"], suite["scaled"]] for suite in result["suites"]]
+    rows = [[suite["name"], f"`{suite['source']}`", suite["rule"], suite["scaled"]] for suite in result["suites"]]
     return markdown(["suite", "test", "rule", "what is smaller here"], rows)
+
+
+PLACES = {"totals": totals, "classes": by_class, "survivors": survivors, "sources": sources}
+
+
+def filled(page: str, result: Result) -> str:
+    """A page with every place filled in, which a pair of comments marks: `<!-- figure: totals -->`, `<!-- end -->`."""
+    for name, table in PLACES.items():
+        place = re.compile(rf"(<!-- figure: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = f"{table(result)}\n\n{describe(result['environment'])}" if name == "totals" else table(result)
+        page = place.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    return page
 
 
 def main() -> None:
@@ -162,38 +231,17 @@ def main() -> None:
     parser.add_argument("--mutants", nargs="+", metavar="NAME", help="default: all, and all right variants")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--json", type=Path, help="where the result goes; default: benchmarks/results/, if all is run")
+    parser.add_argument("--fill", type=Path, help="a page to write the committed result into, and nothing else")
     arguments = parser.parse_args()
+    if arguments.fill:
+        result = json.loads((RESULTS / "mutation.json").read_text())
+        arguments.fill.write_text(filled(arguments.fill.read_text(), result))
+        return
     known = [one.name for one in [*ATTENTION_MUTANTS, *ATTENTION_VARIANTS]]
     names = arguments.mutants or known
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"no mutants or variants {', '.join(unknown)}")
-    cells = run(arguments.suites, names, arguments.jobs)
-    result: Result = {
-        "benchmark": "mutation",
-        "environment": environment("cpu"),
-        "columns": arguments.suites,
-        "suites": [
-            {"name": suite.name, "source": suite.source, "rule": suite.rule, "scaled": suite.scaled}
-            for suite in SUITES
-            if suite.name in arguments.suites
-        ],
-        "mutants": [
-            {
-                "name": one.name,
-                "class": one.bug_class,
-                "thread": one.thread,
-                "marks": {column: cells[column][one.name] for column in arguments.suites},
-            }
-            for one in ATTENTION_MUTANTS
-            if one.name in names
-        ],
-        "variants": [
-            {"name": one.name, "alarms": {column: cells[column][one.name] for column in arguments.suites}}
-            for one in ATTENTION_VARIANTS
-            if one.name in names
-        ],
-        "judged": judged() if arguments.mutants is None and ORACLE in arguments.suites else {},
-    }
+    result = result_of(arguments.suites, names, arguments.jobs, everybody=arguments.mutants is None)
     print(f"{kill_table(result)}\n\n{totals(result)}\n\n{describe(result['environment'])}")
     if arguments.json or (arguments.mutants is None and arguments.suites == every):
         save(result, arguments.json or RESULTS / "mutation.json")

@@ -1,6 +1,7 @@
 """The kill table: its reference is right, honest kernels pass, and known gaps of published tests are gaps here."""
 
 import doctest
+import json
 
 import mutation
 import pytest
@@ -163,7 +164,20 @@ def test_tables_count_what_was_found():
     assert "| FA3 | 0 | 0 | 1 | 1 | 0 of 0 |" in table
     assert "| oracle | 2 | 0 | 0 | 0 | 1 of 1 |" in table
     assert "Of writers, the oracle finds 3 of 4, and refuses 1 of 5 right ones." in table
+    assert "| A numbers in slots that must not count | 1 | 0/1 | 1/1 |" in mutation.by_class(result)
+    assert mutation.survivors(result) == "None."
+    result["mutants"][0]["marks"] = {"FA3": KILLED, "oracle": ACCEPTED}
+    assert "| B b | FA3 |" in mutation.survivors(result)
+    result["mutants"][0]["marks"] = {"FA3": UNREACHABLE, "oracle": KILLED}
     assert mutation.kill_table(result).splitlines()[2:] == ["| A a | o | K |", "| B b | - | K |"]
+
+
+def test_the_page_says_what_the_result_says():
+    page = (mutation.RESULTS.parent.parent / "docs" / "mutation.md").read_text()
+    result = json.loads((mutation.RESULTS / "mutation.json").read_text())
+    assert mutation.filled(page, result) == page, "python benchmarks/mutation.py --fill docs/mutation.md has not run"
+    assert all(f"<!-- figure: {name} -->" in page for name in mutation.PLACES)
+    assert {mutant["name"] for mutant in result["mutants"]} == set(MUTANTS), "the result is of other mutants"
 
 
 def test_a_suite_has_to_be_known():

@@ -5,10 +5,31 @@ import pytest
 from paged.oracle import Report, verify
 from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS, CLASSES, Mutant, Variant
 
-# Of each class, so many in the quick part; all of them take five minutes.
+# Of each class, so many in the quick part; all of them take ten minutes.
 QUICK_OF_EACH = 1
 # Pools of 65,535 blocks take their time.
 LONG_ONES = ("block_in16_bits", "block_in_signed16_bits")
+# Written to get past the oracle, and they do: no case is as long, as wide or as many as it takes, or no number as large.
+# The first that is found fails its test, so that it is taken off the list.
+NOT_FOUND_YET = (
+    "long_tail_unmasked",
+    "distance_in16_bits",
+    "at_most32_parts",
+    "table_of_row_modulo32",
+    "length_of_row_modulo64",
+    "table_stride_assumed",
+    "key_strides_for_values",
+    "second_tile_of_queries",
+    "heads_beyond32",
+    "workspace_never_grows",
+    "long_window_one_more",
+    "cap_forgotten_in_parts",
+    "alibi_distance_in16_bits",
+    "alibi_from_part",
+    "lowest_int8",
+    "float8_above240",
+    "float8_subnormals_lost",
+)
 QUICK_VARIANTS = ("honest", "eight_parts", "prescaled_queries_in16_bits")
 
 
@@ -19,8 +40,16 @@ def quick(mutant: Mutant) -> bool:
 
 
 def marked(found: list, is_quick) -> list:
-    """As pytest wants them: named, and marked slow but for some."""
-    return [pytest.param(one, id=one.name, marks=[] if is_quick(one) else pytest.mark.slow) for one in found]
+    """As pytest wants them: named, and marked slow but for some; those that are not found yet are expected to fail."""
+    unfound = pytest.mark.xfail(reason="the oracle does not find it yet", strict=True)
+    return [
+        pytest.param(
+            one,
+            id=one.name,
+            marks=[pytest.mark.slow] * (not is_quick(one)) + [unfound] * (one.name in NOT_FOUND_YET),
+        )
+        for one in found
+    ]
 
 
 def tried(one: Mutant) -> Report:

@@ -140,7 +140,7 @@ class AlignedTableRows(Attention):
         return call.block_tables.flatten()[first : first + count].long()
 
 
-@mutant("D", "vllm#42494")
+@mutant("D", "vllm-project/vllm-ascend#14435")
 class TableStrideAssumed(Attention):
     """The table's rows are taken to lie one behind another, also where it is a slice of a wider one."""
 
@@ -149,7 +149,7 @@ class TableStrideAssumed(Attention):
         return torch.as_strided(call.block_tables, (count,), (1,), first).long()
 
 
-@mutant("D", "flashinfer#3219")
+@mutant("D", "hw-native-sys/pypto#470")
 class RunByItsEnds(Attention):
     """Blocks whose first and last number are as far apart as in a run are loaded as one."""
 
@@ -192,7 +192,7 @@ class DecodesComeFirst(Attention):
         return slice(index, index + 1) if index < decodes else super().rows(call, index)
 
 
-@mutant("D", "")
+@mutant("D", "FA#1537")
 class UniformQueriesAssumed(Attention):
     """Rows that divide evenly among the sequences are divided evenly."""
 
@@ -214,7 +214,7 @@ class LastTileWrittenWhole(Attention):
         return out, lse
 
 
-@mutant("E", "aiter#3498", strided_caches=True)
+@mutant("E", "flagos-ai/FlagAttention#45", strided_caches=True)
 class KeyStridesForValues(Attention):
     """V is read with the strides of K, which differ where only one of the two is a view."""
 

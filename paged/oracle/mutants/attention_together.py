@@ -124,7 +124,7 @@ class SinkCapped(Attention):
         return self.cap(call, sinks)
 
 
-@mutant("J", "", alibi=True)
+@mutant("J", "HabanaAI/vllm-fork#503", alibi=True)
 class AlibiDistanceIn16Bits(Attention):
     """Distances are bfloat16: beyond 256 only every other one exists."""
 
@@ -284,7 +284,7 @@ class NegativeZeroIsNan(Decoding):
         return torch.where((stored == 0) & stored.signbit(), torch.nan, stored)
 
 
-@mutant("O", "", kv_scales="tensor", kv_dtypes=FP8)
+@mutant("O", "ooples/AiDotNet.Tensors#801", kv_scales="tensor", kv_dtypes=FP8)
 class Float8SubnormalsLost(Decoding):
     """Bits are shifted into place as if no code were subnormal: those below 2^-6 become 0."""
 
