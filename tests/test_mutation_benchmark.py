@@ -83,6 +83,13 @@ def test_rules_refuse_what_is_wrong(rule):
     assert not rule(call, one, lse)
 
 
+def test_flash_mla_wants_infinities_in_their_places():
+    call = made(SMALL.but(accepts=flash_mla, reference="float32"), seed=1)
+    out, lse = call.expected
+    assert flash_mla(call, out, lse)
+    assert not flash_mla(call, out, lse.clamp(min=0.0)), "0 where no key is seen"
+
+
 def test_a_share_may_be_wrong_and_empty_rows_may_be_left_out():
     call = made(SMALL.but(skips_empty=True), seed=1)
     out, lse = call.expected
@@ -156,20 +163,21 @@ def test_tables_count_what_was_found():
         "mutants": [
             {"name": "b", "class": "B", "marks": {"FA3": UNREACHABLE, "oracle": KILLED}},
             {"name": "a", "class": "A", "marks": {"FA3": BLIND, "oracle": KILLED}},
+            {"name": "c", "class": "B", "marks": {"FA3": UNREACHABLE, "oracle": KILLED}},
         ],
         "variants": [{"name": "v", "alarms": {"FA3": NOT_ASKED, "oracle": FLAGGED}}],
         "judged": {"writers": [3, 4, 1, 5]},
     }
     table = mutation.totals(result)
-    assert "| FA3 | 0 | 0 | 1 | 1 | 0 of 0 |" in table
-    assert "| oracle | 2 | 0 | 0 | 0 | 1 of 1 |" in table
+    assert "| FA3 | 0 | 0 | 1 | 2 | 0 of 0 |" in table
+    assert "| oracle | 3 | 0 | 0 | 0 | 1 of 1 |" in table
     assert "Of writers, the oracle finds 3 of 4, and refuses 1 of 5 right ones." in table
     assert "| A numbers in slots that must not count | 1 | 0/1 | 1/1 |" in mutation.by_class(result)
     assert mutation.survivors(result) == "None."
     result["mutants"][0]["marks"] = {"FA3": KILLED, "oracle": ACCEPTED}
     assert "| B b | FA3 |" in mutation.survivors(result)
     result["mutants"][0]["marks"] = {"FA3": UNREACHABLE, "oracle": KILLED}
-    assert mutation.kill_table(result).splitlines()[2:] == ["| A a | o | K |", "| B b | - | K |"]
+    assert mutation.kill_table(result).splitlines()[2:] == ["| A a | o | K |", "| B b | - | K |", "| B c | - | K |"]
 
 
 def test_the_page_says_what_the_result_says():

@@ -9,7 +9,7 @@ from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS, CLASSES,
 QUICK_OF_EACH = 1
 # Pools of 65,535 blocks take their time.
 LONG_ONES = ("block_in16_bits", "block_in_signed16_bits")
-# Written to get past the oracle, and they do: no case is as long, as wide or as many as it takes, or no number as large.
+# Written to get past the oracle, and they do: no case is long, wide, many or large enough.
 # The first that is found fails its test, so that it is taken off the list.
 NOT_FOUND_YET = (
     "long_tail_unmasked",
