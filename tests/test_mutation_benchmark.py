@@ -121,6 +121,7 @@ KNOWN = [
     ("lse_in_base2", "FA3", UNREACHABLE),
     ("lse_in_base2", "FlashMLA", KILLED),
     ("sink_scaled", "FA3", UNREACHABLE),
+    ("first_scale_for_all", "TRT-LLM", UNREACHABLE),
     ("table_ignored", "TRT-LLM", BLIND),
     ("table_ignored", "FA3", KILLED),
     ("rest_of_block_dropped", "FA3", UNREACHABLE),
