@@ -14,7 +14,7 @@ from suites.rules import close, flash_mla, times_low_precision
 from suites.setup import Setup
 
 from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS
-from paged.oracle.mutants.honest import Attention
+from paged.oracle.mutants.attention.honest import Attention
 from reference.attention import attention
 
 MUTANTS = {mutant.name: mutant for mutant in ATTENTION_MUTANTS}

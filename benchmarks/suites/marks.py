@@ -25,7 +25,7 @@ FLAGS = (
     "batch_invariant",
 )
 DEFAULT = Capabilities()
-HONEST = "paged.oracle.mutants.honest"
+HONEST = "paged.oracle.mutants.attention.honest"
 
 
 def is_about(mutant: Mutant, call: Call) -> bool:

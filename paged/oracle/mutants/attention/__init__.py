@@ -12,6 +12,8 @@ precision   L: range and rounding
 heads       M, N: heads that share, widths, scale
 scales      O: scales of stored numbers
 calls       R: other calls, chance, constants
+thresholds  of all classes: right for small calls
+together    of all classes: right but where features meet
 variants    right all the same
 """
 
@@ -27,6 +29,8 @@ from paged.oracle.mutants.attention import (
     splits,
     tables,
     tails,
+    thresholds,
+    together,
     variants,
 )
 
@@ -42,5 +46,7 @@ __all__ = [
     "splits",
     "tables",
     "tails",
+    "thresholds",
+    "together",
     "variants",
 ]

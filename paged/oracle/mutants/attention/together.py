@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged.oracle.mutants.honest import Attention, Call, SplitAttention
+from paged.oracle.mutants.attention.honest import Attention, Call, SplitAttention
 from paged.oracle.mutants.registry import mutant
 
 FP8 = ("float8_e4m3fn",)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from paged.oracle.mutants.honest import Attention, Call
+from paged.oracle.mutants.attention.honest import Attention, Call
 from paged.oracle.mutants.registry import mutant
 
 # How decoding kernels cut a context that is too long for one group of threads.
