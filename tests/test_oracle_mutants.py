@@ -9,27 +9,9 @@ from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS, CLASSES,
 QUICK_OF_EACH = 1
 # Pools of 65,535 blocks take their time.
 LONG_ONES = ("block_in16_bits", "block_in_signed16_bits")
-# Written to get past the oracle, and they do: no case is long, wide, many or large enough.
-# The first that is found fails its test, so that it is taken off the list.
-NOT_FOUND_YET = (
-    "long_tail_unmasked",
-    "distance_in16_bits",
-    "at_most32_parts",
-    "table_of_row_modulo32",
-    "length_of_row_modulo64",
-    "table_stride_assumed",
-    "key_strides_for_values",
-    "second_tile_of_queries",
-    "heads_beyond32",
-    "workspace_never_grows",
-    "long_window_one_more",
-    "cap_forgotten_in_parts",
-    "alibi_distance_in16_bits",
-    "alibi_from_part",
-    "lowest_int8",
-    "float8_above240",
-    "float8_subnormals_lost",
-)
+# Distances that bfloat16 rounds move no output of bfloat16 by more than its own rounding does; the log-sum-exp, which this
+# mutant is not asked for, shows it at once. Found without, it fails its test, so that it is taken off the list.
+NOT_FOUND_YET = ("alibi_distance_in16_bits",)
 QUICK_VARIANTS = ("honest", "eight_parts", "prescaled_queries_in16_bits")
 
 

@@ -14,9 +14,11 @@ from typing import Any
 from paged.oracle.declarations import KV_DTYPES, QUERY_DTYPES, TABLE_DTYPES
 
 # What the numbers are; see paged/oracle/recipes.py.
-RECIPES = ("random", "uniform", "needle", "pair", "staircase", "large", "negative")
+RECIPES = ("random", "uniform", "needle", "pair", "staircase", "codes", "large", "negative")
 # Recipes whose right answer is known exactly.
-EXACT = ("uniform", "needle", "pair", "staircase")
+EXACT = ("uniform", "needle", "pair", "staircase", "codes")
+# Dtypes with few enough numbers to try all of them.
+CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
 ORDERS = ("identity", "reversed", "shuffled", "interleaved")
 STRIDES = ("dense", "padded", "interleaved", "far")
 # What lies where no query may look: more generated numbers, NaN, or huge finite numbers.
@@ -46,6 +48,7 @@ class Case:
         padding: what padding entries hold, "null" (block 0) or "negative" (-1).
         strides: of the caches: "dense"; "padded" (a gap behind every block and head); "interleaved" (K and V in one
             tensor, block by block); "far" (blocks so far apart that 32 bits do not count the numbers between them).
+        sliced_table: whether the table is a slice of a wider one.
         poison: of slots that no query may see.
 
     Raises:
@@ -85,6 +88,7 @@ class Case:
     extra_columns: int = 0
     padding: str = "null"
     strides: str = "dense"
+    sliced_table: bool = False
     poison: str = "none"
 
     def __post_init__(self) -> None:
@@ -113,6 +117,8 @@ class Case:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
+        if self.recipe == "codes" and self.kv_dtype not in CODES:
+            raise ValueError(f"recipe codes needs a kv_dtype of {', '.join(CODES)}; got {self.kv_dtype}")
         if self.strides == "interleaved" and self.head_dim != self.value_dim:
             raise ValueError(f"interleaved caches need equal widths, got {self.head_dim} and {self.value_dim}")
 

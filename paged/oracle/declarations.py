@@ -60,7 +60,8 @@ class Capabilities:
         empty_rows: sequences without keys, without queries, and queries that see no key.
         negative_padding: padding entries of a table may be -1.
         repeated_blocks: a block may occur twice in one table.
-        strided_caches: caches may be views whose blocks do not lie one behind another.
+        strided_caches: caches may be views whose blocks do not lie one behind another, each with strides of its own.
+        strided_tables: tables may be slices of wider ones, whose rows do not lie one behind another.
         batch_invariant: a sequence's output has the same bits alone and in any batch.
 
     Raises:
@@ -93,6 +94,7 @@ class Capabilities:
     negative_padding: bool = False
     repeated_blocks: bool = False
     strided_caches: bool = False
+    strided_tables: bool = False
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:

@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
-from paged.oracle.case import Case
+from paged.oracle.case import CODES, Case
 from paged.oracle.declarations import Capabilities, Conventions
 
 Sequences = tuple[tuple[int, int], ...]
 
 # How long a context is in which one wrong token is to be found.
 LONG = 8192
+# A context that needs more than 32 parts of 1,024 tokens, and positions that signed 16 bits do not hold.
+LONGEST = 33 * 1024
 # A block number that 16 bits do not hold.
 WIDE = 65_535
+# Sizes that rows, heads, queries and lengths are cut into.
+TILES = (128, 256, 512, 1024, 2048)
 
 
 @dataclass
@@ -89,6 +93,7 @@ def directed(turns: Turns, rounds: int) -> Iterator[Case]:
         yield from _features(turns)
         yield from _ranges(turns)
         yield from _declared(turns)
+        yield from _many(turns)
         yield from _long(turns)
 
 
@@ -181,6 +186,10 @@ def _features(turns: Turns) -> Iterator[Case]:
             for recipe in ("uniform", "needle", "random", "staircase"):
                 more = {"kv_scales": can.kv_scales, "num_kv_heads": 2, "window": window}
                 yield turns.case(p, rows, recipe=recipe, poison="nan", **more)
+        for dtype in CODES if window is None else ():
+            if dtype in can.kv_dtypes:
+                long = [*rows, (1, 9 * p)]
+                yield turns.case(p, long, recipe="codes", kv_dtype=dtype, kv_scales=can.kv_scales)
         together: dict[str, Any] = {"softcap": 4.0 if can.softcap else None, "alibi": can.alibi, "sinks": can.sinks}
         yield turns.case(p, rows, recipe="random", kv_scales=can.kv_scales, window=window, **together)
 
@@ -208,6 +217,10 @@ def _declared(turns: Turns) -> Iterator[Case]:
     if can.repeated_blocks:
         yield turns.case(p, [(1, 4 * p + 2), (1, 3 * p)], recipe="uniform", repeat=2)
         yield turns.case(p, [(1, 4 * p + 2), (2, 3 * p)], recipe="random", repeat=2)
+    if can.strided_tables:
+        for recipe in ("uniform", "random"):
+            rows = [(1, 3 * p), (2, 2 * p + 1), (1, p - 1 or 1)]
+            yield turns.case(p, rows, recipe=recipe, sliced_table=True, extra_columns=1)
     if can.strided_caches:
         equal = can.value_dims is None
         for strides in ("padded", "interleaved") if equal else ("padded",):
@@ -218,9 +231,49 @@ def _declared(turns: Turns) -> Iterator[Case]:
     yield turns.case(p, [(1, 7)], recipe="random", query_group=max(can.query_groups), num_kv_heads=1)
 
 
+def _many(turns: Turns) -> Iterator[Case]:
+    """More sequences, heads and queries than fit into a warp, a tile, or a buffer that was large enough so far."""
+    can = turns.capabilities
+    p, group, width = min(can.block_sizes), max(can.query_groups), min(can.head_dims)
+    small = {"num_kv_heads": 1, "query_group": min(can.query_groups), "head_dim": width}
+    yield turns.case(p, [(1, 1 + 7 * i % (2 * p + 1)) for i in range(2 * 64 + 3)], recipe="uniform", **small)
+    for recipe in ("needle", "random"):
+        heads = {"num_kv_heads": max(3, -(-70 // group)), "query_group": group, "head_dim": width}
+        yield turns.case(p, [(1, p + 1), (3, 2 * p)], recipe=recipe, **heads)
+    if not can.decode_only:
+        chunks = [(270, 270 + p + 3), (1, 5), (140, 150)]
+        for window in (None, 130) if can.window else (None,):
+            for recipe, poison in (("uniform", "none"), ("random", "huge")):
+                yield turns.case(p, chunks, recipe=recipe, poison=poison, window=window, **small)
+
+
 def _long(turns: Turns) -> Iterator[Case]:
-    group = min(turns.capabilities.query_groups)
-    for recipe, n in (("uniform", LONG), ("needle", LONG), ("random", LONG // 4 + 1), ("random", LONG)):
+    can = turns.capabilities
+    heads = {"num_kv_heads": 1, "query_group": min(can.query_groups)}
+    for recipe, n, poison in (
+        ("uniform", LONG, "none"),
+        ("uniform", LONGEST + 5, "none"),
+        ("needle", LONG + 3, "nan"),
+        ("random", LONG // 4 + 1, "nan"),
+        ("random", LONG + 5, "huge"),
+    ):
         p = turns.next_block_size()
-        heads = {"num_kv_heads": 1, "query_group": group}
-        yield turns.case(p, [(1, n), (1, n // 3)] if recipe == "uniform" else [(1, n)], recipe=recipe, **heads)
+        yield turns.case(p, [(1, n), (1, n // 3)] if n == LONG else [(1, n)], recipe=recipe, poison=poison, **heads)
+    p, width = turns.next_block_size(), min(can.head_dims)
+    tiles = [(1, size + step) for size in TILES for step in (-1, 0, 1)]
+    yield turns.case(p, tiles, recipe="uniform", head_dim=width, **heads)
+    # Every feature where a context is long enough for a kernel to go another way.
+    features: list[dict[str, Any]] = [{"window": 601}] if can.window else []
+    features += [{"softcap": 2.0}] if can.softcap else []
+    features += [{"alibi": True}] if can.alibi else []
+    features += [{"sinks": True}] if can.sinks else []
+    features += [{"kv_scales": can.kv_scales}] if can.kv_scales is not None else []
+    for feature in features:
+        p = turns.next_block_size()
+        rows = [(1, 1545), (3, 700)]
+        yield turns.case(p, rows, recipe="random", poison="huge", head_dim=width, **heads, **feature)
+        if "window" in feature:
+            yield turns.case(p, rows, recipe="uniform", head_dim=width, **heads, **feature)
+        if "alibi" in feature:  # many pairs of keys, some of them far away and near to each other
+            rows = [(1, 1545), (1, 1290), (1, 1030), (3, 1100)]
+            yield turns.case(p, rows, recipe="pair", head_dim=width, query_group=max(can.query_groups), **feature)

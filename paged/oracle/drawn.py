@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from paged.oracle.case import EXACT, Case
+from paged.oracle.case import CODES, EXACT, Case
 from paged.oracle.declarations import Capabilities, Conventions
 
 BASE = 64
@@ -65,7 +65,8 @@ def cases(draw: st.DrawFn, capabilities: Capabilities, conventions: Conventions)
         seq_len = draw(lengths(0 if can.empty_rows else 1, block_size, 6))
         most = 1 if can.decode_only else min(seq_len, 20)
         sequences.append((draw(st.integers(0 if can.empty_rows else 1, max(1, most))) if seq_len else 1, seq_len))
-    recipe = one_of(("random", "uniform", "needle", "pair", "staircase", "large", "negative"))
+    few = ("codes",) if kv_dtype in CODES else ()
+    recipe = one_of(("random", "uniform", "needle", "pair", "staircase", "large", "negative", *few))
     sinks = can.sinks and recipe not in ("large", "negative") and draw(st.booleans())
     alibi = can.alibi and recipe in ("random", "staircase") and draw(st.booleans())
     softcap = one_of((None, 0.5, 2.0, 30.0)) if can.softcap and recipe not in EXACT else None
@@ -96,6 +97,7 @@ def cases(draw: st.DrawFn, capabilities: Capabilities, conventions: Conventions)
         extra_columns=draw(st.integers(0, 2)),
         padding=one_of(("null", "negative")) if can.negative_padding else "null",
         strides=one_of(strides),
+        sliced_table=can.strided_tables and draw(st.booleans()),
         poison=poison,
     )
 

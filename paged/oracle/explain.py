@@ -32,6 +32,8 @@ from paged.oracle.judge import LSE, judge
 
 # Contexts up to this long are nobody's idea of a long one.
 SHORT = 256
+# Whatever explains a case is computed for every token of it, some hundred times.
+LONGEST_EXPLAINED = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def explain(witnesses: Sequence[Witness], profile: Profile, conventions: Convent
         The alternative; its fault says so if it is confined to some sequences.
     """
     failing = [witness for witness in witnesses if not witness.ok]
-    if not failing:
+    if not failing or max(seq_len for _, seq_len in failing[0].case.sequences) > LONGEST_EXPLAINED:
         return None
     others = [witness for witness in witnesses if witness is not failing[0]]
     tried: list[tuple[Alternative, Tensor, Tensor]] | None = None
@@ -182,6 +184,8 @@ def _mixed(expected: Expected, right: Expected, rows: Tensor) -> Expected:
         one, other = getattr(expected, field.name), getattr(right, field.name)
         if isinstance(one, Tensor):
             chosen[field.name] = torch.where(rows.reshape(-1, *[1] * (one.dim() - 1)), one, other)
+    # Row statistics are of the problem that was solved.
+    chosen["concentration"] = torch.where(rows[:, None], expected.concentration, 1.0)
     return dataclasses.replace(expected, **chosen)  # type: ignore[arg-type]
 
 

@@ -135,7 +135,7 @@ def materialise(
         query=query.to(device=device, dtype=getattr(torch, case.dtype)),
         key_cache=caches[0],
         value_cache=caches[1],
-        block_tables=tensor(_padded(case, tables), getattr(torch, case.table_dtype)),
+        block_tables=_sliced(case, tensor(_padded(case, tables), getattr(torch, case.table_dtype))),
         seq_lens=tensor([n for _, n in case.sequences], torch.int32),
         query_start_loc=tensor(starts, torch.int32),
         scale=problem.scale,
@@ -215,6 +215,16 @@ def _padded(case: Case, tables: list[Integers]) -> Integers:
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     return padded
+
+
+def _sliced(case: Case, table: Tensor) -> Tensor:
+    """The same table, as a slice of a wider one whose other columns name the last block where the case wants that."""
+    if not case.sliced_table:
+        return table
+    rows, width = table.shape
+    wider = torch.full((rows, width + 3), int(table.max()), dtype=table.dtype, device=table.device)
+    wider[:, 1 : 1 + width] = table
+    return wider[:, 1 : 1 + width]
 
 
 def _problem(
@@ -300,16 +310,17 @@ def _caches(case: Case, stored: list[recipes.Floats], num_blocks: int, filled: I
         together = torch.stack(tensors, dim=1)  # [N, 2, P, Hkv, D]
         return [together[:, 0], together[:, 1]]
     if case.strides == "padded":
-        return [_with_gaps(tensor) for tensor in tensors]
+        # Gaps of different sizes, so that one cache's strides are not the other's.
+        return [_with_gaps(tensor, gap) for tensor, gap in zip(tensors, (8, 16), strict=True)]
     if case.strides == "far":
         return [far_apart(tensor) for tensor in tensors]
     return tensors
 
 
-def _with_gaps(tensor: Tensor) -> Tensor:
+def _with_gaps(tensor: Tensor, gap: int) -> Tensor:
     """The same numbers with gaps behind every head and block, which hold NaN where the dtype has it."""
     blocks, size, heads, dim = tensor.shape
-    room = torch.zeros(blocks, size + 1, heads + 1, dim + 8, dtype=tensor.dtype, device=tensor.device)
+    room = torch.zeros(blocks, size + gap // 8, heads + 1, dim + gap, dtype=tensor.dtype, device=tensor.device)
     if tensor.dtype.is_floating_point:
         room.copy_(torch.full((), torch.nan))
     view = room[:, :size, :heads, :dim]

@@ -17,6 +17,7 @@ from math import isfinite
 from paged.oracle.explain import Witness
 from paged.oracle.hypotheses.alternative import Alternative
 from paged.oracle.judge import LSE, NAN, Finding
+from paged.oracle.recipes import NEEDLES
 from paged.oracle.syndrome import Syndrome
 from paged.oracle.trial import Outcome
 
@@ -26,6 +27,7 @@ PLAIN = {
     "first_block": (1, "wrong for large block numbers", "B"),
     "repeat": (None, "wrong where a block occurs twice in a table", "D"),
     "padding": ("null", "wrong where padding entries of a table are -1", "D"),
+    "sliced_table": (False, "wrong where the table is a slice of a wider one", "D"),
     "extra_columns": (0, "wrong where a table is wider than its longest sequence needs", "D"),
     "table_dtype": ("int32", "wrong for tables of int64", "B"),
     "order": ("identity", "wrong where blocks do not lie in order", "D"),
@@ -116,6 +118,8 @@ def name_of(known: Known) -> Name:
         return Name(f"rounds more than is declared, as if {said}", "L", declare)
     if finding.check == LSE:
         return Name("the log-sum-exp is wrong, the output is right", "K")
+    if case.recipe == "codes" and _has_large_scores(known):
+        return Name(f"some numbers of {case.kv_dtype} are read wrong", "O")
     if _has_large_scores(known):
         return Name("wrong where scores are large", "L")
     if known.lse_is_right:
@@ -129,7 +133,7 @@ def _has_large_scores(known: Known) -> bool:
     """Whether it takes large scores: needles are two hundred ahead of other keys."""
     recipe = known.outcome.case.recipe
     moderate = all(witness.ok for witness in known.witnesses if witness.case.recipe == "random")
-    return recipe in ("large", "negative") or (recipe in ("needle", "pair") and moderate)
+    return recipe in ("large", "negative") or (recipe in NEEDLES and moderate)
 
 
 def _moderate_scores_are_right(known: Known) -> bool:

@@ -7,6 +7,7 @@ in the rounding. So other recipes choose numbers whose right answer is known exa
     needle     keys are codes and a query is one key's code, far ahead of all others: the output is that token's value
     pair       a query is the sum of two keys' codes, which tie: the output is the mean of two values
     staircase  scores are whole multiples of -ln 2: weights are powers of two
+    codes      a needle again, among values that are all the numbers a cache of 8 bits can hold
 
 And two drive scores to where arithmetic is hard: `large` (a range of hundreds in a row: exp overflows without the
 maximum), `negative` (all scores below -50,000: sentinels that should be -inf win).
@@ -38,6 +39,7 @@ from paged.oracle.values import (
     random_signs,
     random_values,
 )
+from paged.oracle.writers.codes import numbers_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -47,6 +49,8 @@ STREAM = 1 << 24
 NOBODY = 1 << 14
 
 LN_2 = math.log(2.0)
+# Recipes in which a query is a key's code.
+NEEDLES = ("needle", "pair", "codes")
 
 
 def token_of(sequence: Any, position: Any) -> Any:
@@ -81,7 +85,7 @@ def peak(case: Case) -> float:
 def stored_keys(case: Case, tokens: Integers) -> Floats:
     """[..., Hkv, D] what a key cache holds for some tokens."""
     heads, dims = case.num_kv_heads, case.head_dim
-    if case.recipe in ("needle", "pair"):
+    if case.recipe in NEEDLES:
         return _in_units(case, random_signs(case.seed, CODE_KEY, tokens, heads, dims), K_SCALE, tokens)
     if case.recipe == "staircase":
         steps = np.zeros((*tokens.shape, heads, dims), dtype=np.int64)
@@ -96,6 +100,10 @@ def stored_values(case: Case, tokens: Integers) -> Floats:
     heads, dims = case.num_kv_heads, case.value_dim
     if case.recipe == "uniform":
         return _in_units(case, cancelling_signs(case.seed, CODE_VALUE, tokens, heads, dims), V_SCALE, tokens)
+    if case.recipe == "codes":
+        codes = _all_codes(case.kv_dtype)
+        drawn = random_bits(case.seed, CODE_VALUE, tokens, heads, dims) % np.uint64(len(codes))
+        return np.asarray(codes[drawn.astype(np.int64)], dtype=np.float64)
     if case.recipe in EXACT:
         return _in_units(case, random_signs(case.seed, CODE_VALUE, tokens, heads, dims), V_SCALE, tokens)
     return _random(case, VALUE, tokens)
@@ -151,7 +159,7 @@ def queries(case: Case, sequence: int, first_position: int, window: int | None) 
         numbers = random_signs(case.seed, QUERY, tokens, case.num_heads, case.head_dim).astype(np.float64)
         numbers[..., 0] = 1.0
         return numbers
-    if case.recipe in ("needle", "pair"):
+    if case.recipe in NEEDLES:
         one = _codes_of_targets(case, sequence, positions, window, draw=0)
         other = _codes_of_targets(case, sequence, positions, window, draw=1) if case.recipe == "pair" else 0
         return np.asarray(_amplitude(case) * (one + other), dtype=np.float64)
@@ -179,17 +187,28 @@ def targets(case: Case, sequence: int, positions: Integers, window: int | None, 
 
 
 def slopes(case: Case) -> Floats:
-    """[Hq] of ALiBi: all different, so that a KV head's is not a query head's."""
+    """[Hq] of ALiBi: all different, so that a KV head's is not a query head's; among random numbers all keys count."""
     steps = np.arange(1, case.num_heads + 1)
-    return np.asarray(steps * LN_2 if case.recipe == "staircase" else steps / (4 * case.num_heads)).astype(np.float64)
+    if case.recipe == "staircase":
+        return np.asarray(steps * LN_2, dtype=np.float64)
+    longest = max(n for _, n in case.sequences)
+    reach = longest // 64 if case.recipe in NEEDLES else longest // 8
+    return np.asarray(steps / (case.num_heads * max(4, reach)), dtype=np.float64)
 
 
 def sinks(case: Case) -> Floats:
     """[Hq] logits about as large as all keys together, so that a sink takes between a fifth and four fifths."""
     longest = max(1, max(min(n, case.window or n) for _, n in case.sequences))
     heads = np.arange(case.num_heads)
-    whole = peak(case) if case.recipe in ("needle", "pair") else LN_2 * round(math.log2(longest))
+    whole = peak(case) if case.recipe in NEEDLES else LN_2 * round(math.log2(longest))
     return np.asarray(whole + LN_2 * (heads % 3 - 1), dtype=np.float64)
+
+
+def _all_codes(dtype: str) -> Floats:
+    """Every finite number that a cache of few bits can hold."""
+    if dtype == "int8":
+        return np.arange(-128, 128, dtype=np.float64)
+    return numbers_of(dtype)[0]
 
 
 def _amplitude(case: Case) -> float:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from paged.oracle.case import Case
 from paged.oracle.declarations import Capabilities
 
-MOST_STEPS = 150
+# Cases are tried while they are so many and have so many tokens together: long contexts take their time.
+MOST_STEPS, MOST_TOKENS = 150, 1 << 20
 
 
 def reduce(case: Case, capabilities: Capabilities, fails: Callable[[Case], bool]) -> tuple[Case, int]:
@@ -28,13 +29,14 @@ def reduce(case: Case, capabilities: Capabilities, fails: Callable[[Case], bool]
         >>> small.sequences, small.num_kv_heads, small.sinks
         (((1, 20),), 1, False)
     """
-    steps, smaller = 0, True
-    while smaller and steps < MOST_STEPS:
+    steps, tokens, smaller = 0, 0, True
+    while smaller:
         smaller = False
         for candidate in _smaller(case, capabilities):
-            if steps == MOST_STEPS:
-                break
+            if steps == MOST_STEPS or tokens > MOST_TOKENS:
+                return case, steps
             steps += 1
+            tokens += sum(seq_len for _, seq_len in candidate.sequences)
             if fails(candidate):
                 case, smaller = candidate, True
                 break
@@ -59,7 +61,7 @@ def _smaller(case: Case, capabilities: Capabilities) -> Iterator[Case]:
     for width in sorted(width for width in capabilities.head_dims if width < case.head_dim):
         yield case.replace(head_dim=width, value_dim=capabilities.value_dim_for(width))
     plain: dict[str, object] = {"poison": "none", "order": "identity", "strides": "dense", "padding": "null"}
-    plain |= {"extra_columns": 0, "shared_blocks": 0, "repeat": None, "first_block": 1}
+    plain |= {"sliced_table": False, "extra_columns": 0, "shared_blocks": 0, "repeat": None, "first_block": 1}
     plain |= {"window": None, "softcap": None, "alibi": False, "sinks": False}
     if case.kv_dtype != "int8":
         plain["kv_scales"] = None

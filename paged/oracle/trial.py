@@ -195,7 +195,7 @@ def declared_names(can: Capabilities) -> set[str]:
     names |= {f"block_size {size}" for size in can.block_sizes}
     names |= {f"table_dtype {dtype}" for dtype in can.table_dtypes}
     flags = ("window", "softcap", "alibi", "sinks", "empty_rows", "negative_padding", "repeated_blocks")
-    names |= {flag for flag in (*flags, "strided_caches", "batch_invariant") if getattr(can, flag)}
+    names |= {flag for flag in (*flags, "strided_caches", "strided_tables", "batch_invariant") if getattr(can, flag)}
     return names | {name for name in ("kv_scales", "lse") if getattr(can, name) is not None}
 
 
@@ -209,6 +209,8 @@ def _traits(case: Case, expected: Expected) -> Iterable[str]:
         yield "repeated_blocks"
     if case.strides != "dense":
         yield "strided_caches"
+    if case.sliced_table and len(case.sequences) > 1:
+        yield "strided_tables"
     if case.strides == "far":
         yield "offsets beyond 2^31 numbers"
     if expected.lse.isfinite().any():

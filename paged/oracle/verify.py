@@ -327,6 +327,7 @@ def _as_asked(case: Case) -> Capabilities:
         negative_padding=case.padding == "negative",
         repeated_blocks=case.repeat is not None,
         strided_caches=case.strides != "dense",
+        strided_tables=case.sliced_table,
     )
 
 

@@ -31,6 +31,7 @@ NEVER = (
 )
 NOT_IN_FILES = {
     "strided_caches": "caches in files are dense",
+    "strided_tables": "tables in files are dense",
     "batch_invariant": "the kernel cannot be called again",
 }
 POISONED = {"nan": MUST_NOT_READ, "huge": MUST_MASK}
@@ -78,7 +79,8 @@ def export(
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: golden files go into a folder of their own")
     with _one_thread():
-        cases = _cases(Turns(replace(capabilities, strided_caches=False), conventions, seed), profile, num_cases)
+        dense = replace(capabilities, strided_caches=False, strided_tables=False)
+        cases = _cases(Turns(dense, conventions, seed), profile, num_cases)
         entries = _write(folder, cases, profile, conventions)
     missing = _not_exercised(capabilities, entries)
     manifest = Manifest(capabilities, profile, conventions, seed, tuple(entries), missing)

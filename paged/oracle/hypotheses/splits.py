@@ -91,7 +91,7 @@ def _merged(cut: Cut, weigh: Weighing) -> Rule:
         if count <= size:
             return scores
         parts = torch.nn.functional.pad(scores, (0, -count % size), value=-torch.inf)
-        parts = parts.reshape(*scores.shape[:2], -1, size)
+        parts = parts.reshape(*scores.shape[:2], parts.shape[2] // size, size)
         lses = parts.logsumexp(dim=3).permute(2, 0, 1)  # [S, Hq, Q]
         added = torch.where(lses > -torch.inf, weigh(lses) - lses, 0.0).nan_to_num(nan=0.0)
         return scores + added.permute(1, 2, 0).repeat_interleave(size, dim=2)[..., :count]

@@ -140,7 +140,7 @@ class AlignedTableRows(Attention):
         return call.block_tables.flatten()[first : first + count].long()
 
 
-@mutant("D", "vllm-project/vllm-ascend#14435")
+@mutant("D", "vllm-project/vllm-ascend#14435", strided_tables=True)
 class TableStrideAssumed(Attention):
     """The table's rows are taken to lie one behind another, also where it is a slice of a wider one."""
 

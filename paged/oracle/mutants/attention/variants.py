@@ -17,6 +17,7 @@ EVERYTHING: dict[str, Any] = {
     "sinks": True,
     "repeated_blocks": True,
     "strided_caches": True,
+    "strided_tables": True,
 }
 
 
