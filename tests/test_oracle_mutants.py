@@ -9,9 +9,6 @@ from paged.oracle.mutants import ATTENTION_MUTANTS, ATTENTION_VARIANTS, CLASSES,
 QUICK_OF_EACH = 1
 # Pools of 65,535 blocks take their time.
 LONG_ONES = ("block_in16_bits", "block_in_signed16_bits")
-# Distances that bfloat16 rounds move no output of bfloat16 by more than its own rounding does; the log-sum-exp, which this
-# mutant is not asked for, shows it at once. Found without, it fails its test, so that it is taken off the list.
-NOT_FOUND_YET = ("alibi_distance_in16_bits",)
 QUICK_VARIANTS = ("honest", "eight_parts", "prescaled_queries_in16_bits")
 
 
@@ -22,16 +19,8 @@ def quick(mutant: Mutant) -> bool:
 
 
 def marked(found: list, is_quick) -> list:
-    """As pytest wants them: named, and marked slow but for some; those that are not found yet are expected to fail."""
-    unfound = pytest.mark.xfail(reason="the oracle does not find it yet", strict=True)
-    return [
-        pytest.param(
-            one,
-            id=one.name,
-            marks=[pytest.mark.slow] * (not is_quick(one)) + [unfound] * (one.name in NOT_FOUND_YET),
-        )
-        for one in found
-    ]
+    """As pytest wants them: named, and marked slow but for some."""
+    return [pytest.param(one, id=one.name, marks=[] if is_quick(one) else pytest.mark.slow) for one in found]
 
 
 def tried(one: Mutant) -> Report:
