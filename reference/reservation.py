@@ -49,6 +49,15 @@ class ContiguousPool:
         """What is held, in address order."""
         return sorted(self._held.values(), key=lambda reservation: reservation.first_slot)
 
+    @property
+    def gaps(self) -> list[int]:
+        """Lengths of the free runs, in address order."""
+        lengths, start = [], 0
+        for reservation in self.reservations:
+            lengths.append(reservation.first_slot - start)
+            start = reservation.end
+        return [length for length in (*lengths, self.num_slots - start) if length]
+
     def fits(self, num_slots: int) -> bool:
         """Whether some gap is long enough."""
         return self._first_gap(num_slots) is not None

@@ -81,6 +81,11 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_cached(self) -> int:
+        """Free blocks that are worth keeping; a caller that only counts them is spared the list."""
+        return len(self._cached)
+
+    @property
     def cached_blocks(self) -> list[int]:
         """Free blocks that are worth keeping, the next one to be handed out first."""
         return list(self._cached)

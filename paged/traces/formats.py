@@ -148,7 +148,7 @@ def _detect(text: str) -> str | None:
     head = text.split("\n", 1)[0]
     if head.startswith("["):
         return "sharegpt"
-    if head.startswith("{"):
+    if head.startswith("{") and ('"hash_ids"' in head or '"input_length"' in head):
         return "mooncake"
     columns = {name.strip() for name in head.split(",")}
     if set(AZURE_COLUMNS) <= columns:
