@@ -17,6 +17,9 @@ class BuddyPool:
     Args:
         num_slots: size of the pool. If it is no power of two, it is cut into some, the largest first.
 
+    Attributes:
+        num_free: slots that nobody holds, in all gaps together.
+
     Example: of 12 slots the first 8 are one run and the last 4 another.
         >>> pool = BuddyPool(num_slots=12)
         >>> pool.reserve("a", 3), pool.reserve("b", 5).first_slot
@@ -30,6 +33,7 @@ class BuddyPool:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.num_free = num_slots
         self._held: dict[str, Reservation] = {}
         self._free: dict[int, set[int]] = {}  # length -> where free runs of it begin
         self._roots: dict[int, int] = {}  # where the runs begin that are nobody's half -> their lengths
@@ -68,14 +72,16 @@ class BuddyPool:
             )
         lengths = [length for length, begins in self._free.items() if begins and length >= num_slots]
         if not lengths:
-            free = sum(self.gaps)
-            raise PoolFull(f"request {request_id!r} asks for {num_slots} slots in one piece; {free} are free in all")
+            raise PoolFull(
+                f"request {request_id!r} asks for {num_slots} slots in one piece; {self.num_free} are free in all"
+            )
         length = min(lengths)
         start = min(self._free[length])
         self._free[length].remove(start)
         while length // 2 >= num_slots:
             length //= 2
             self._free.setdefault(length, set()).add(start + length)
+        self.num_free -= length
         self._held[request_id] = Reservation(request_id, start, length)
         return self._held[request_id]
 
@@ -87,6 +93,7 @@ class BuddyPool:
         """
         run = self._held.pop(request_id)
         start, length = run.first_slot, run.num_slots
+        self.num_free += length
         root = max(begin for begin in self._roots if begin <= start)
         while length < self._roots[root]:
             buddy = root + ((start - root) ^ length)

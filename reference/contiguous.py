@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 
 from reference.buddy import BuddyPool
-from reference.reservation import ContiguousPool
+from reference.reservation import ContiguousPool, PoolFull
 from reference.served import Job, Moves, Row, ServedStep, Slots
 
 POLICIES = ("max", "pow2", "oracle", "grow")
@@ -38,6 +38,7 @@ class ContiguousServer:
         max_num_seqs: most rows in one step.
         max_num_batched_tokens: prompts are added to a step up to so many tokens, but the first one in any case. A
             static batch computes all of its prompts in one step.
+        spare_slots: of policy grow with iteration-level batching: free slots that stay for each row when another comes.
 
     Raises:
         ValueError: another policy, batching or allocator; or the pool is too small for one request.
@@ -68,6 +69,7 @@ class ContiguousServer:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         allocator: str = "first-fit",
+        spare_slots: int = 128,
     ) -> None:
         pools: dict[str, Callable[[int], ContiguousPool | BuddyPool]]
         pools = {"first-fit": ContiguousPool, "buddy": BuddyPool}
@@ -79,6 +81,7 @@ class ContiguousServer:
         self.pool = pools[allocator](num_slots)
         self.policy, self.batching, self.max_model_len = policy, batching, max_model_len
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.spare_slots = spare_slots
         # A run of n somewhere in the pool leaves a gap of at least (num_slots - n) / 2 beside it, and n + 1 are needed.
         least = 3 * max_model_len + 2 if policy == "grow" else max_model_len
         if max(self.pool.gaps) < least:
@@ -92,6 +95,9 @@ class ContiguousServer:
         self.running: list[Row] = []
         self._width = 0  # of a growing static batch: its longest prompt, and a token for each step
         self._num_moves = 0
+        self._is_tight = (
+            False  # somebody lost its run, and nobody has ended since: whoever came would only lose it again
+        )
 
     def add(self, job: Job) -> None:
         """Put a job into the queue.
@@ -120,7 +126,8 @@ class ContiguousServer:
         if not self.running and not self.waiting:
             return None
         moves = self._grow() if self.policy == "grow" and self.running else Moves()
-        if not moves.preempted and not (self.batching == "static" and self.running):
+        self._is_tight = bool(self.running) and (self._is_tight or bool(moves.preempted))
+        if not self._is_tight and not (self.batching == "static" and self.running):
             self._admit()
         done = [row for row in self.running if row.finished]  # of a static batch
         rows = [row for row in self.running if not row.finished]
@@ -132,6 +139,7 @@ class ContiguousServer:
             row.num_discarded = 0
             row.num_sampled += 1
         slots = self._slots(rows)
+        most_held = self.pool.num_slots - self.pool.num_free
         self._leave()
         return ServedStep(
             num_tokens,
@@ -142,7 +150,7 @@ class ContiguousServer:
             num_waiting=len(self.waiting),
             slots=slots,
             num_copied_tokens=moves.num_copied,
-            most_held=max(moves.most_held, self.pool.num_slots - slots.external - slots.free),
+            most_held=max(moves.most_held, most_held),
             started=started,
             finished=tuple(row.job.name for row in rows if row.finished),
             preempted=tuple(moves.preempted),
@@ -163,9 +171,8 @@ class ContiguousServer:
                 if not self.pool.fits(row.num_asked):
                     break
                 row.run = self.pool.reserve(row.job.name, row.num_asked)
-                longest = max((r.num_written for r in self.running), default=0)
-                if self.policy == "grow" and self.running and not self.pool.fits(longest + 1):
-                    self._release(row)  # else whoever runs could not be copied in the next step
+                if self.policy == "grow" and self.running and not self._can_grow([*self.running, row]):
+                    self._release(row)
                     break
             budget -= row.num_fresh
             self.running.append(self.waiting.popleft())
@@ -174,6 +181,11 @@ class ContiguousServer:
             first = self.running[0]
             first.num_asked = self._width * len(self.running)
             first.run = self.pool.reserve("batch", first.num_asked)
+
+    def _can_grow(self, rows: list[Row]) -> bool:
+        """Whether the longest of them could be copied, and beside it everybody grow for a while without a victim."""
+        longest = max(row.num_asked for row in rows) + 1
+        return self.pool.fits(longest) and self.pool.num_free >= longest + self.spare_slots * len(rows)
 
     def _grow(self) -> Moves:
         """Move everybody who runs to a run that is one token longer; who stands in the way is preempted."""
@@ -185,15 +197,15 @@ class ContiguousServer:
         position = 0
         while position < len(self.running):  # the list may become shorter under way
             row = self.running[position]
-            if not self.pool.fits(row.num_asked + 1):
+            try:
+                self._move(row, row.num_asked + 1, moves)
+                position += 1
+            except PoolFull:
                 victim = self.running.pop()
                 self._release(victim)
                 victim.num_discarded, victim.num_written = victim.num_written, 0
                 self.waiting.appendleft(victim)
                 moves.preempted.append(victim.job.name)
-                continue
-            self._move(row, row.num_asked + 1, moves)
-            position += 1
         return moves
 
     def _move(self, row: Row, num_slots: int, moves: Moves) -> None:
@@ -201,7 +213,7 @@ class ContiguousServer:
         assert old is not None, "it runs"
         self._num_moves += 1
         row.run = self.pool.reserve(f"{row.job.name}, moved {self._num_moves} times", num_slots)
-        moves.most_held = max(moves.most_held, self.pool.num_slots - sum(self.pool.gaps))
+        moves.most_held = max(moves.most_held, self.pool.num_slots - self.pool.num_free)
         moves.num_copied += row.num_asked
         self.pool.release(old.request_id)
         row.num_asked = num_slots
@@ -238,8 +250,10 @@ class ContiguousServer:
         if self.batching == "static" and not all(row.finished for row in self.running):
             return
         for row in self.running:
-            if row.finished and row.run is not None:
-                self._release(row)
+            if row.finished:
+                self._is_tight = False
+                if row.run is not None:
+                    self._release(row)
         self.running = [row for row in self.running if not row.finished]
 
     def _release(self, row: Row) -> None:

@@ -5,7 +5,9 @@ takes the longest that could be: max_model_len. Other policies (a power of two, 
 class with other sizes.
 """
 
+import bisect
 from dataclasses import dataclass
+from operator import attrgetter
 
 
 class PoolFull(RuntimeError):
@@ -32,6 +34,9 @@ class ContiguousPool:
     Args:
         num_slots: size of the pool.
 
+    Attributes:
+        num_free: slots that nobody holds, in all gaps together.
+
     Example: between two reservations a gap of 4 stays, too small for 5 and right for 3.
         >>> pool = ContiguousPool(num_slots=12)
         >>> a, b, c = pool.reserve("a", 4), pool.reserve("b", 4), pool.reserve("c", 4)
@@ -42,18 +47,20 @@ class ContiguousPool:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.num_free = num_slots
         self._held: dict[str, Reservation] = {}
+        self._ordered: list[Reservation] = []
 
     @property
     def reservations(self) -> list[Reservation]:
         """What is held, in address order."""
-        return sorted(self._held.values(), key=lambda reservation: reservation.first_slot)
+        return list(self._ordered)
 
     @property
     def gaps(self) -> list[int]:
         """Lengths of the free runs, in address order."""
         lengths, start = [], 0
-        for reservation in self.reservations:
+        for reservation in self._ordered:
             lengths.append(reservation.first_slot - start)
             start = reservation.end
         return [length for length in (*lengths, self.num_slots - start) if length]
@@ -75,10 +82,13 @@ class ContiguousPool:
             )
         first_slot = self._first_gap(num_slots)
         if first_slot is None:
-            free = self.num_slots - sum(reservation.num_slots for reservation in self._held.values())
-            raise PoolFull(f"request {request_id!r} asks for {num_slots} slots in one piece; {free} are free in all")
-        self._held[request_id] = Reservation(request_id, first_slot, num_slots)
-        return self._held[request_id]
+            raise PoolFull(
+                f"request {request_id!r} asks for {num_slots} slots in one piece; {self.num_free} are free in all"
+            )
+        reservation = self._held[request_id] = Reservation(request_id, first_slot, num_slots)
+        bisect.insort(self._ordered, reservation, key=_address)
+        self.num_free -= num_slots
+        return reservation
 
     def release(self, request_id: str) -> None:
         """Give back what a request holds.
@@ -86,12 +96,17 @@ class ContiguousPool:
         Raises:
             KeyError: it holds nothing.
         """
-        del self._held[request_id]
+        reservation = self._held.pop(request_id)
+        del self._ordered[bisect.bisect_left(self._ordered, reservation.first_slot, key=_address)]
+        self.num_free += reservation.num_slots
 
     def _first_gap(self, num_slots: int) -> int | None:
         start = 0
-        for reservation in self.reservations:
+        for reservation in self._ordered:
             if reservation.first_slot - start >= num_slots:
                 return start
             start = reservation.end
         return start if self.num_slots - start >= num_slots else None
+
+
+_address = attrgetter("first_slot")
