@@ -11,6 +11,8 @@ EXAMPLES = """examples:
   paged demo                          32 requests through a contiguous cache and through a paged one
   paged demo --plot memory.png        and a picture of both pools
   paged demo --json > demo.json       the same figures for a program
+  paged simulate trace.csv --policy paged max pow2 oracle --rate 1 2 4
+                                      where the memory goes on a real trace, and who waits how long
   paged check my_kernel:attend        whether a kernel is right, and which token it gets wrong
   paged oracle export golden          cases and right answers as files, for kernels that are not Python
   paged oracle judge golden --output out.safetensors
@@ -25,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return {"demo": _demo, "check": _check, "oracle": _oracle}[options.command](options)
+        room = {"demo": _demo, "simulate": _simulate, "check": _check, "oracle": _oracle}[options.command]
+        return room(options)
     except (ValueError, OSError) as error:
         print(f"paged: error: {error}", file=sys.stderr)
         return 2
@@ -45,6 +48,41 @@ def _demo(options: argparse.Namespace) -> int:
             threads=options.threads,
             plot=options.plot,
             as_json=options.json,
+        )
+    )
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from paged.traces.command import SimulateSettings, run_simulate
+
+    return run_simulate(
+        SimulateSettings(
+            trace=options.trace,
+            format=options.format,
+            tokenizer=options.tokenizer,
+            multi_turn=options.multi_turn,
+            skip_bad=options.skip_bad,
+            first=options.requests,
+            thin=options.thin,
+            time_scale=options.time_scale,
+            max_prompt=options.max_prompt,
+            max_model_len=options.max_model_len,
+            samples=options.samples,
+            rates=tuple(options.rate),
+            burstiness=options.burstiness,
+            policies=tuple(options.policy),
+            batching=options.batching,
+            allocator=options.allocator,
+            blocks=options.blocks,
+            memory=options.memory,
+            block_size=options.block_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            prefix_caching=options.prefix_caching,
+            cost=options.cost,
+            seed=options.seed,
+            as_json=options.json,
+            plot=options.plot,
         )
     )
 
@@ -107,9 +145,73 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"paged {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
+    _add_simulate(commands)
     _add_check(commands)
     _add_oracle(commands)
     return parser
+
+
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="a trace through the scheduler without a model: where the memory goes, and who waits how long",
+        description="Runs the scheduler and the block bookkeeping over a workload, with made-up tokens and a cost for "
+        "the time of a step, and beside it contiguous pools of the same size. No GPU, no model, no weights.",
+    )
+    simulate.add_argument(
+        "trace", metavar="TRACE", help="a file, or sharegpt-like or alpaca-like: drawn with the published means"
+    )
+    for add in (_add_workload, _add_pool, _add_output):
+        add(simulate)
+
+
+def _add_workload(simulate: argparse.ArgumentParser) -> None:
+    workload = simulate.add_argument_group("workload")
+    workload.add_argument("--format", default="auto", help="auto, azure, lengths, mooncake or sharegpt (default: auto)")
+    workload.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="for ShareGPT (default: the tiny model's)")
+    workload.add_argument("--multi-turn", action="store_true", help="all turns of ShareGPT, each with those before it")
+    workload.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and say how many")
+    workload.add_argument("--requests", type=int, metavar="N", help="the first N (default: all; drawn ones: 1000)")
+    workload.add_argument("--thin", type=float, metavar="SHARE", help="keep each request with this probability")
+    workload.add_argument("--time-scale", type=float, metavar="X", help="multiply all times of arrival")
+    workload.add_argument(
+        "--rate", type=float, nargs="+", default=[], metavar="R", help="draw arrivals: R a second, inf"
+    )
+    workload.add_argument(
+        "--burstiness", type=float, default=1.0, help="variation of --rate's gaps (default: 1, Poisson)"
+    )
+    workload.add_argument("--max-prompt", type=int, metavar="N", help="cut prompts to N tokens")
+    workload.add_argument(
+        "--max-model-len", type=int, metavar="N", help="cut outputs to fit (default: the longest of a file, else 2048)"
+    )
+    workload.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each request (default: 1)")
+    workload.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+
+
+def _add_pool(simulate: argparse.ArgumentParser) -> None:
+    pool = simulate.add_argument_group("pool and scheduler")
+    pool.add_argument(
+        "--policy", nargs="+", default=["paged"], metavar="P", help="of paged, max, pow2, oracle, grow (default: paged)"
+    )
+    pool.add_argument("--batching", choices=("iteration", "static"), default="iteration", help="of contiguous policies")
+    pool.add_argument("--allocator", choices=("first-fit", "buddy"), default="first-fit", help="of the same")
+    size = pool.add_mutually_exclusive_group()
+    size.add_argument("--blocks", type=int, metavar="N", help="of the pool (default: 981, about 15.7k tokens)")
+    size.add_argument("--memory", metavar="SIZE", help="of the pool, such as 24GiB, for the model of --cost")
+    pool.add_argument("--block-size", type=int, default=16, help="tokens (default: %(default)s)")
+    pool.add_argument("--max-num-seqs", type=int, default=256, help="most sequences in a step (default: %(default)s)")
+    pool.add_argument("--max-num-batched-tokens", type=int, default=8192, help="most tokens (default: %(default)s)")
+    pool.add_argument(
+        "--prefix-caching", action=argparse.BooleanOptionalAction, help="(default: if prompts of the trace can share)"
+    )
+    pool.add_argument(
+        "--cost", default="h200-llama-3-8b", help="of a step: a name, or a JSON file (default: %(default)s)"
+    )
+
+
+def _add_output(simulate: argparse.ArgumentParser) -> None:
+    simulate.add_argument("--plot", type=Path, metavar="PATH", help="save a picture (.png, .svg or .pdf)")
+    simulate.add_argument("--json", action="store_true", help="print the figures as JSON instead of text")
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

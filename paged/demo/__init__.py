@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from matplotlib.backend_bases import FigureCanvasBase
 
 from paged.blocks import blocks_for
 from paged.config import EngineConfig
@@ -19,7 +18,7 @@ from paged.demo.near_tie import compare
 from paged.demo.report import as_json, print_report
 from paged.demo.runs import PagedRun, contiguous_figures, contiguous_history, paged_figures, paged_history
 from paged.demo.workload import describe, make_prompts, read_prompts
-from paged.memory.plots import side_by_side
+from paged.memory.plots import check_picture, side_by_side
 from paged.model.loading import load_model
 from paged.model.memory_budget import OVERHEAD_BLOCKS
 from reference.engine import Prompt, ReferenceEngine
@@ -125,20 +124,3 @@ def check_sizes(rows: int, row: int, prompts: Sequence[Prompt]) -> None:
             f"--rows {rows} of --max-model-len {row} make {num_slots // BLOCK_SIZE} blocks of {BLOCK_SIZE} slots; less "
             f"the null and the trash block that is too few for a request of {longest} tokens; give more rows"
         )
-
-
-def check_picture(path: Path | None) -> None:
-    """Find out before the work whether a picture can be written.
-
-    Raises:
-        ValueError: its folder does not exist, or its ending is no picture's.
-    """
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"--plot {path} is a folder; name a file in it")
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in endings:
-        raise ValueError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")

@@ -7,11 +7,13 @@ readers tell apart; waste is hatched as well, so that it also shows in grey.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -180,6 +182,23 @@ def side_by_side(left: PoolHistory, right: PoolHistory, *, caption: str) -> Figu
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(caption, fontsize=8, color="#4d4d4d", x=0.01, ha="left")
     return figure
+
+
+def check_picture(path: Path | None) -> None:
+    """Find out before the work whether a picture can be written, as the flag --plot asks.
+
+    Raises:
+        ValueError: its folder does not exist, or its ending is no picture's.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"--plot {path} is a folder; name a file in it")
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in endings:
+        raise ValueError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")
 
 
 def _runs(line: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

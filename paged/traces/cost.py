@@ -5,8 +5,9 @@
 
 The first is reading the weights and launching kernels, the second matrix products, the third reading the cache, the
 last what the host and the sampler do for each. What a line leaves out: a small step is bound by the weights and a large
-one by arithmetic, with a corner between them; and attention within a long prompt is quadratic. The files in `costs/`
-name the steps they were fitted to, and how far they are off on these.
+one by arithmetic, with a corner between them, so that a coefficient alone is no speed of the hardware; and attention
+within a long prompt is quadratic. The files in `costs/` name the steps they were fitted to, and how far they are off on
+these. `benchmarks/step_cost.py` makes them.
 """
 
 import itertools

@@ -147,6 +147,11 @@ class Trace:
         return sum(request.num_output_tokens * request.num_samples for request in self.requests)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return max(request.num_prompt_tokens + request.num_output_tokens for request in self.requests)
+
+    @property
     def can_share(self) -> bool:
         """Whether two prompts have a piece in common, so that a prefix cache could find something."""
         seen: set[int] = set()

@@ -126,7 +126,7 @@ class SinkCapped(Attention):
 
 @mutant("J", "HabanaAI/vllm-fork#503", alibi=True, lse="e")
 class AlibiDistanceIn16Bits(Attention):
-    """Distances are bfloat16: beyond 256 only every other one exists. In outputs of 16 bits that hides in the rounding."""
+    """Distances are bfloat16: beyond 256 only every other one exists. In 16-bit outputs that hides in the rounding."""
 
     def bias(self, call: Call, slopes: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
         return slopes[:, None, None] * (keys - positions[:, None]).bfloat16().float()
