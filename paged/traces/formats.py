@@ -229,6 +229,6 @@ def _count(value: str | int | float, name: str) -> int:
         number = float(value)
     except (ValueError, TypeError):
         raise TraceError(f"{name} is {value!r}, not a number of tokens") from None
-    if not number >= 1 or number != int(number):
+    if not number >= 1 or not number.is_integer():
         raise TraceError(f"{name} is {value!r}; a request has a whole number of tokens, at least 1")
     return int(number)

@@ -72,9 +72,8 @@ def clipped_mean(mu: float, sigma: float, most: int) -> float:
         >>> round(clipped_mean(math.log(50), 1e-9, 1024), 6)
         50.0
     """
-    edges = np.arange(1.5, most)
-    below = [0.5 * (1 + math.erf((math.log(edge) - mu) / (sigma * math.sqrt(2)))) for edge in edges]
-    return most - math.fsum(below)
+    scaled = (np.log(np.arange(1.5, most)) - mu) / (sigma * math.sqrt(2))
+    return most - math.fsum(0.5 * (1 + math.erf(value)) for value in scaled.tolist())
 
 
 def _location(mean: float, sigma: float, most: int) -> float:
@@ -82,7 +81,7 @@ def _location(mean: float, sigma: float, most: int) -> float:
     if sigma == 0:
         return math.log(mean)
     low, high = -5 * sigma, math.log(most) + 5 * sigma + 1
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if clipped_mean(middle, sigma, most) < mean else (low, middle)
     return (low + high) / 2
