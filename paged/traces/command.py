@@ -126,7 +126,8 @@ def make_trace(settings: SimulateSettings) -> Trace:
         TraceError: it cannot be used.
     """
     if settings.trace in DRAWN:
-        trace = like(DRAWN[settings.trace], settings.first or DRAWN_REQUESTS, seed=settings.seed)
+        count = DRAWN_REQUESTS if settings.first is None else settings.first
+        trace = like(DRAWN[settings.trace], count, seed=settings.seed)
     else:
         if not Path(settings.trace).is_file():
             raise TraceError(f"there is no file {settings.trace}; workloads that are drawn: {', '.join(DRAWN)}")
