@@ -63,7 +63,7 @@ def run(trace: Trace, policy: str, allocator: str, batching: str) -> Simulation:
 def row(found: Simulation, trace: Trace, policy: str, allocator: str, batching: str) -> list[str | None]:
     """A line of the table."""
     shares = found.mean_shares() * 100
-    rounding = float((found.steps.rounding[found.queued] / found.num_slots).mean()) * 100
+    rounding = float((found.steps.rounding[found.counted] / found.num_slots).mean()) * 100
     internal, external = abs(shares[SlotState.INTERNAL] - rounding), shares[SlotState.EXTERNAL]  # -0.0 would be ugly
     others = shares[[SlotState.FREE, SlotState.OVERHEAD, SlotState.CACHED]].sum()
     published = batching == "iteration" and (allocator == "buddy" or policy == "paged")
@@ -73,7 +73,7 @@ def row(found: Simulation, trace: Trace, policy: str, allocator: str, batching: 
         ", ".join(f"{share:.1f}" for share in ours),
         f"{rounding:.1f}, {external:.1f}, {others:.1f}",
         FIGURE_2.get(policy) if published and trace.name == SHAREGPT.name else None,
-        f"{found.steps.num_running[found.queued].mean():.1f}",
+        f"{found.steps.num_running[found.counted].mean():.1f}",
         f"{FIGURE_13[trace.name][policy]:.1f}" if published and policy in FIGURE_2 else None,
         f"{len(found.steps):,}",
         f"{found.num_recomputed_tokens / (trace.num_prompt_tokens + trace.num_output_tokens):.1%}",

@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import kv_shares
 import numpy as np
 import pytest
+import step_cost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_traces import AZURE, data
@@ -427,7 +429,7 @@ def test_reservations_waste_what_the_paper_says(policy):
     *shares, running = PUBLISHED[policy]
     assert [tokens, reserved] == pytest.approx(shares[:2], abs=5)
     assert internal + external == pytest.approx(sum(shares[2:]), abs=7)
-    assert run.steps.num_running[run.queued].mean() == pytest.approx(running, rel=0.15)
+    assert run.steps.num_running[run.counted].mean() == pytest.approx(running, rel=0.15)
 
 
 def test_paging_wastes_less_than_four_per_cent():
@@ -498,3 +500,68 @@ def test_command_errors(tmp_path, capsys):
     ):
         assert main(["simulate", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+# --- the benchmarks that go with it -----------------------------------------------------------------------------------
+
+
+def test_published_figures_stand_beside_ours(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["kv_shares.py", "--requests", "25"])
+    kv_shares.main()
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("| max, buddy, iteration") and "20.4" in line)
+    assert line.split(" | ")[3:6] == ["20.4, 13.3, 57.3, 8.9", "7.0", "7.0"]
+    assert out.count("| paged |") == 2
+
+
+def test_costs_are_fitted_to_results_of_other_benchmarks(tmp_path, monkeypatch, capsys):
+    """Results that a true cost would give: decodes, decodes beside prompts, and both kinds of steps of workload W1."""
+    true = StepCost(name="true", per_step=2e-3, per_token=2e-5, per_context_token=4e-8, per_sequence=0)
+    file = tmp_path / "conv.csv"
+    rows = [f"2023-11-16 18:00:{i % 60:02},{50 + i % 7 * 400},{3 + i % 5}" for i in range(600)]
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows))
+    w1 = load(file).first(512).scaled(0).clipped(max_prompt=2048, max_output=512)
+    steps = simulate(w1, PagedSettings(num_blocks=4000, max_num_seqs=64), true).steps
+    prompts = steps.num_tokens > steps.num_sequences
+    kinds = {
+        kind: {
+            "steps": int(chosen.sum()),
+            "tokens": float(steps.num_tokens[chosen].mean()),
+            "wall_ms": float(steps.seconds[chosen].mean() * 1e3),
+        }
+        for kind, chosen in (("with prompts", prompts), ("graphs", ~prompts))
+    }
+    environment = {"environment": {"gpu": "none"}}
+    decode = {"model": "Llama-3-8B", "batch": 8, "context": 1000.0}
+    decode["seconds"] = true.seconds(num_tokens=8, num_context_tokens=8000, num_sequences=8)
+    mix = {"decodes": 4, "context": 500, "prompts": 2, "prompt_tokens": 300}
+    mixed = {"mix": mix, "label": "both", "tokens": 604, "context": 510.0}
+    mixed["seconds"] = true.seconds(num_tokens=604, num_context_tokens=4 * 510 + 600, num_sequences=6)
+    workload = {"name": "W1", "input_tokens": w1.num_prompt_tokens, "output_tokens": w1.num_output_tokens}
+    served = {"name": "paged", "size": 64, "kv_bytes": 4000 * 16 * 131_072, "kinds": kinds, "steps": len(steps)}
+    other = served | {"kinds": {**kinds, "graphs": {**kinds["graphs"], "steps": 1}}}
+    total = float(steps.seconds.sum())
+    results = {
+        "decode_step": {"rows": [decode, decode | {"model": "another"}]},
+        "mixed_step": {"rows": [mixed, {"error": "the wrong steps"}]},
+        "throughput": {
+            "workload": workload,
+            "settings": {"block_size": 16, "max_num_batched_tokens": 8192},
+            "rows": [served | {"seconds": total}, other | {"seconds": 2 * total}],
+        },
+    }
+    arguments = ["step_cost.py", "--name", "true", "--trace", str(file)]
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result | environment))
+        arguments += [f"--{name.replace('_', '-')}", str(tmp_path / f"{name}.json")]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(step_cost, "COSTS", tmp_path)
+    step_cost.main()
+    out = capsys.readouterr().out
+    assert out.count("the same steps") == out.count("other steps, so left out") == 1
+    assert "(+0.0%)" in out
+    assert "(-50.0%)" in out
+    content = json.loads((tmp_path / "true.json").read_text())
+    assert len(content["steps"]) == 4
+    for name in COEFFICIENTS:
+        assert content[name] == pytest.approx(getattr(true, name), rel=1e-5, abs=1e-12)

@@ -11,7 +11,6 @@ up at a time. Tests hold the counts against the painted pool.
 """
 
 from array import array
-from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
@@ -128,13 +127,14 @@ def _shared_tails(step: Step, scheduler: Scheduler) -> tuple[int, int]:
     """Room in blocks that are not full, and how much of it will be used; a block in several tables counts once."""
     size = scheduler.block_size
     written = {(row.arrival, row.sequence_index): row.start + len(row.token_ids) for row in step.rows}
-    tails: dict[int, SequenceOf[int]] = {}  # block -> its room, and how much of it somebody will use
+    # Block -> its room, and how much of that will be used. Who shares a block that is not full is a sample of the same
+    # request and has got as far, so they all say the same of it.
+    tails: dict[int, tuple[int, int]] = {}
     for request in scheduler.running:
         final = len(request.prompt_token_ids) + request.max_tokens - 1
         for sequence in request.unfinished:
             if sequence.block_table.blocks:
                 end = written.get((request.arrival, sequence.index), sequence.num_computed_tokens)
-                block, room = sequence.block_table.blocks[-1], -end % size
-                least, most = tails.get(block, (room, 0))
-                tails[block] = min(least, room), max(most, min(room, final - end))
+                room = -end % size
+                tails[sequence.block_table.blocks[-1]] = room, min(room, final - end)
     return sum(room for room, _ in tails.values()), sum(used for _, used in tails.values())

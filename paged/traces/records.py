@@ -136,19 +136,21 @@ class Simulation:
 
     @property
     def queued(self) -> npt.NDArray[np.bool_]:
-        """[steps] Whether somebody waited. Ramp-up and drain, which say nothing of a policy, are the other steps."""
+        """[steps] Whether somebody waited."""
         waited: npt.NDArray[np.bool_] = self.steps.num_waiting > 0
         return waited
 
-    def mean_shares(self, *, weighted: bool = False) -> Floats:
-        """[states]: mean share of the pool in each state over the steps with a queue, or over all if none had one.
+    @property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """[steps] Which of them means are over: those with a queue, or all if none had one.
 
-        Args:
-            weighted: by the time that the steps took.
+        What a policy makes of a pool shows while somebody waits for it; ramp-up and drain show the workload.
         """
-        chosen = self.queued if self.queued.any() else np.ones(len(self.steps), np.bool_)
-        weights = self.steps.seconds[chosen] if weighted else None
-        means: Floats = np.average(self.steps.shares[chosen], axis=0, weights=weights)
+        return self.queued if self.queued.any() else np.ones(len(self.steps), np.bool_)
+
+    def mean_shares(self) -> Floats:
+        """[states]: mean share of the pool in each state over the `counted` steps."""
+        means: Floats = self.steps.shares[self.counted].mean(axis=0)
         return means
 
     @property
@@ -177,8 +179,8 @@ class Simulation:
             "requests_per_second": len(requests.index) / seconds,
             "output_tokens_per_second": float(requests.num_output_tokens.sum()) / seconds,
             "most_running": int(steps.num_running.max()),
-            "mean_running": float(steps.num_running[self.queued].mean()) if self.queued.any() else None,
-            "shares_over": "steps with a queue" if self.queued.any() else "all steps, since nobody waited",
+            "mean_running": float(steps.num_running[self.counted].mean()),
+            "means_over": "steps with a queue" if self.queued.any() else "all steps, since nobody waited",
             "mean_shares": {state.name.lower(): float(shares[state]) for state in SlotState},
             "shares_at_fullest": {state.name.lower(): float(steps.shares[steps.fullest, state]) for state in SlotState},
             "num_computed_tokens": int(steps.num_tokens.sum()),
