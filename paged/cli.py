@@ -68,6 +68,7 @@ def _simulate(options: argparse.Namespace) -> int:
             max_prompt=options.max_prompt,
             max_model_len=options.max_model_len,
             samples=options.samples,
+            system_prompt=options.system_prompt,
             rates=tuple(options.rate),
             burstiness=options.burstiness,
             policies=tuple(options.policy),
@@ -185,6 +186,7 @@ def _add_workload(simulate: argparse.ArgumentParser) -> None:
         "--max-model-len", type=int, metavar="N", help="cut outputs to fit (default: the longest of a file, else 2048)"
     )
     workload.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each request (default: 1)")
+    workload.add_argument("--system-prompt", type=int, metavar="N", help="N tokens that every prompt begins with")
     workload.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
 
 

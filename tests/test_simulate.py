@@ -258,6 +258,16 @@ def test_growing_requests_are_preempted_and_nobody_is_lost():
     assert Counter(name for step in steps for name in step.finished) == Counter(map(str, range(12)))
 
 
+def test_samples_without_blocks_are_requests_of_their_own():
+    """One run fits: the second sample comes when the first has ended, and computes the prompt again."""
+    run = contiguous(jobs((3, 2), samples=2), 16, "max")
+    assert run.steps.num_tokens.tolist() == [3, 1, 3, 1]
+    assert (run.requests.first_token.tolist(), run.requests.finished.tolist()) == ([1], [4])
+    paged = simulate(jobs((3, 2), samples=2), PagedSettings(num_blocks=9, block_size=4), SECOND)
+    assert paged.steps.num_tokens.tolist() == [3, 2]  # both go on from one prompt
+    assert (paged.requests.first_token.tolist(), paged.requests.finished.tolist()) == ([1], [2])
+
+
 def test_paged_by_hand():
     """Four blocks of 4. Both take their second one at the fifth token; at the ninth "a" gets that of "b"."""
     run = simulate(
@@ -478,6 +488,17 @@ def test_command_table_rates_and_pictures(tmp_path, capsys):
     assert "8,192 slots" in out  # 1 GiB of 131,072 bytes a token
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(arguments) == 0
+
+
+def test_command_shares_a_system_prompt(capsys):
+    """Ten whole blocks, found by everybody but the first."""
+    arguments = ["simulate", "alpaca-like", "--requests", "40", "--system-prompt", "160", "--json", "--rate", "10"]
+    assert main(arguments) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["num_cached_tokens"] == 39 * 160
+    assert main([*arguments, "--no-prefix-caching"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["num_cached_tokens"] == 0
 
 
 def test_command_errors(tmp_path, capsys):

@@ -346,6 +346,13 @@ def test_the_mean_after_clipping_is_that_of_a_sum(mu, sigma, most):
     assert abs(drawn.mean() - clipped_mean(mu, sigma, most)) < 4 * drawn.std() / math.sqrt(drawn.size)
 
 
+def test_the_mean_of_three_lengths():
+    """One, two and three tokens: their probabilities from the distribution function of the standard library."""
+    below = statistics.NormalDist(0.5, 0.8).cdf
+    one, two = below(math.log(1.5)), below(math.log(2.5)) - below(math.log(1.5))
+    assert clipped_mean(0.5, 0.8, 3) == pytest.approx(one + 2 * two + 3 * (1 - one - two), rel=1e-12)
+
+
 def test_fixed_and_uniform():
     trace = workload("some", 4000, prompt=fixed(7), output=uniform(2, 4), seed=0)
     assert {r.num_prompt_tokens for r in trace} == {7}

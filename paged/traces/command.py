@@ -17,7 +17,7 @@ from paged.traces.plots import latency_against_rate, shares_of_policies
 from paged.traces.records import Simulation
 from paged.traces.sharegpt import file_tokenizer
 from paged.traces.simulate import PagedSettings, simulate
-from paged.traces.synthetic import ALPACA, MAX_MODEL_LEN, SHAREGPT, like, with_rate
+from paged.traces.synthetic import ALPACA, MAX_MODEL_LEN, SHAREGPT, like, with_rate, with_system_prompts
 from paged.traces.trace import Trace, TraceError
 from reference.contiguous import POLICIES
 
@@ -65,6 +65,7 @@ class SimulateSettings:
     max_prompt: int | None = None
     max_model_len: int | None = None
     samples: int = 1
+    system_prompt: int | None = None
     rates: tuple[float, ...] = ()
     burstiness: float = 1.0
     policies: tuple[str, ...] = ("paged",)
@@ -95,7 +96,7 @@ def run_simulate(settings: SimulateSettings) -> int:
     cost = load_cost(settings.cost)
     trace = make_trace(settings)
     num_blocks = _num_blocks(settings, cost)
-    longest = settings.max_model_len or (MAX_MODEL_LEN if settings.trace in DRAWN else trace.longest)
+    longest = settings.max_model_len or max(trace.longest, MAX_MODEL_LEN if settings.trace in DRAWN else 0)
     runs: list[tuple[float | None, Simulation]] = []
     for rate in settings.rates or (None,):
         moved = trace
@@ -144,7 +145,10 @@ def make_trace(settings: SimulateSettings) -> Trace:
         trace = trace.thinned(settings.thin, seed=settings.seed)
     if settings.time_scale is not None:
         trace = trace.scaled(settings.time_scale)
-    trace = trace.clipped(max_prompt=settings.max_prompt, max_total=settings.max_model_len)
+    trace = trace.clipped(max_prompt=settings.max_prompt)
+    if settings.system_prompt is not None:
+        trace = with_system_prompts(trace, settings.system_prompt, seed=settings.seed)
+    trace = trace.clipped(max_total=settings.max_model_len)
     return trace if settings.samples == 1 else trace.with_samples(settings.samples)
 
 
