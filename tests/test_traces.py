@@ -99,6 +99,13 @@ def test_mooncake_prompts_share_what_their_hashes_share(write):
     assert trace.requests[0].answer.seed not in {piece.seed for request in trace for piece in request.prompt}
 
 
+def test_mooncake_answers_are_no_prompts(write):
+    """Whatever numbers the hashes are: no answer has the tokens of a prompt."""
+    rows = [{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [i]} for i in range(9)]
+    trace = load(write("\n".join(map(json.dumps, rows))))
+    assert len({piece.seed for request in trace for piece in (*request.prompt, request.answer)}) == 18
+
+
 def test_sharegpt_first_turns(write):
     file = write(sharegpt(TALK, [("system", "Be kind."), *TALK[2:], *TALK]))
     trace = load(file, tokenize=list)
@@ -197,7 +204,14 @@ def test_bad_rows_have_a_line_or_are_counted(write, good, bad, line, message):
 
 @pytest.mark.parametrize(
     "talk",
-    [[], [("gpt", "hello")], [("human", "hello")], [("human", ""), ("gpt", "what?")], [("human", "a"), ("gpt", "")]],
+    [
+        [],
+        [("gpt", "hello")],
+        [("human", "hello")],
+        [("human", "a"), ("human", "b")],
+        [("human", ""), ("gpt", "what?")],
+        [("human", "a"), ("gpt", "")],
+    ],
 )
 def test_conversations_without_an_answer(write, talk):
     file = write(sharegpt(TALK, talk))
@@ -207,6 +221,11 @@ def test_conversations_without_an_answer(write, talk):
     assert load(file, tokenize=list, skip_bad=True).notes == (
         f"1 bad rows left out, the first one line {line}: nobody asks and gets an answer in this conversation",
     )
+
+
+def test_lines_are_counted_from_the_first_one(write):
+    with pytest.raises(TraceError, match=r"trace\.txt:6: TIMESTAMP"):
+        load(write("\n\n" + AZURE + "\nbad,1,1"))
 
 
 def test_rows_out_of_order_are_sorted_and_it_is_said(write):
