@@ -96,7 +96,7 @@ class BuddyPool:
         self.num_free += length
         root = max(begin for begin in self._roots if begin <= start)
         while length < self._roots[root]:
-            buddy = root + ((start - root) ^ length)
+            buddy = start ^ length  # a run begins at a multiple of its length, as the roots do
             if buddy not in self._free.get(length, ()):
                 break
             self._free[length].remove(buddy)

@@ -129,6 +129,7 @@ class ContiguousServer:
         self._is_tight = bool(self.running) and (self._is_tight or bool(moves.preempted))
         if not self._is_tight and not (self.batching == "static" and self.running):
             self._admit()
+        assert self.running, "whoever is alone in the pool fits"
         done = [row for row in self.running if row.finished]  # of a static batch
         rows = [row for row in self.running if not row.finished]
         num_tokens, num_context_tokens = self._work(rows)

@@ -208,6 +208,12 @@ def test_a_hole_is_external_until_somebody_small_comes():
     assert run.requests.finished.tolist() == [2, 3, 8]
 
 
+def test_a_gap_that_is_just_long_enough_is_free():
+    """Only one row may run, so the second request waits beside a gap that it would fit."""
+    run = contiguous(jobs((3, 2), (3, 1)), 32, "max", max_num_seqs=1)
+    assert (column(run, SlotState.EXTERNAL), column(run, SlotState.FREE)) == ([0, 0, 0], [16, 16, 16])
+
+
 def test_static_batches_keep_their_rows_and_compute_them():
     run = contiguous(jobs((4, 1), (2, 3), (5, 1)), 32, "max", batching="static")
     assert run.steps.num_tokens.tolist() == [8, 2, 2, 5]  # both prompts as wide as the wider one
@@ -488,6 +494,18 @@ def test_command_table_rates_and_pictures(tmp_path, capsys):
     assert "8,192 slots" in out  # 1 GiB of 131,072 bytes a token
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(arguments) == 0
+
+
+def test_command_sizes(capsys):
+    sizes = ["--blocks", "500", "--block-size", "8", "--max-prompt", "50", "--max-model-len", "90", "--requests", "99"]
+    assert main(["simulate", "sharegpt-like", *sizes, "--policy", "max", "--time-scale", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["runs"][0]["num_slots"] == 4000
+    assert result["runs"][0]["most_running"] == 4000 // 90
+    drawn, scaled, prompts, outputs = result["notes"]
+    assert (drawn, scaled) == ("lengths drawn with seed 0", "times multiplied by 2")
+    assert prompts.endswith("of 99 prompts cut to 50 tokens")
+    assert outputs.endswith("of 99 outputs cut so that prompt and output fit 90 tokens")
 
 
 def test_command_shares_a_system_prompt(capsys):
