@@ -30,7 +30,7 @@ docs: .venv/docs
 benchmarks-smoke: .venv/test
 	for name in attention "attention --prefill" flex_options products "decode_step --profile" shared_prefix \
 			"mixed_step --profile" "throughput --profile-steps 3" "throughput --samples" sweeps \
-			"sweeps --only block-size" start_up; do \
+			"sweeps --only block-size" start_up judged_kernels; do \
 		set -- $$name; script=$$1; shift; \
 		$(BIN)/python benchmarks/$$script.py --smoke --device cpu "$$@" || exit 1; \
 	done
