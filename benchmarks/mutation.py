@@ -211,13 +211,23 @@ def survivors(result: Result) -> str:
     return markdown(["mutant", "found by"], rows) if rows else "None."
 
 
+def refused(result: Result) -> str:
+    """The right variants that somebody refuses: false alarms."""
+    rows = []
+    for variant in result["variants"]:
+        who = [column for column in result["columns"] if variant["alarms"][column] == FLAGGED]
+        if who:
+            rows.append([variant["name"], ", ".join(who)])
+    return markdown(["right variant", "refused by"], rows) if rows else "None."
+
+
 def sources(result: Result) -> str:
     """Where each suite was described from."""
     rows = [[suite["name"], f"`{suite['source']}`", suite["rule"], suite["scaled"]] for suite in result["suites"]]
     return markdown(["suite", "test", "rule", "what is smaller here"], rows)
 
 
-PLACES = {"totals": totals, "classes": by_class, "survivors": survivors, "sources": sources}
+PLACES = {"totals": totals, "classes": by_class, "survivors": survivors, "refused": refused, "sources": sources}
 
 
 def filled(page: str, result: Result) -> str:

@@ -175,6 +175,7 @@ def test_tables_count_what_was_found():
     assert "Of writers, the oracle finds 3 of 4, and refuses 1 of 5 right ones." in table
     assert "| A numbers in slots that must not count | 1 | 0/1 | 1/1 |" in mutation.by_class(result)
     assert mutation.survivors(result) == "None."
+    assert "| v | oracle |" in mutation.refused(result)
     result["mutants"][0]["marks"] = {"FA3": KILLED, "oracle": ACCEPTED}
     assert "| B b | FA3 |" in mutation.survivors(result)
     result["mutants"][0]["marks"] = {"FA3": UNREACHABLE, "oracle": KILLED}
